@@ -1,0 +1,89 @@
+package fleet
+
+import "time"
+
+// Node is a Mac (or a Linux host) that runs VMs, as it last reported itself.
+type Node struct {
+	ID      NodeID            `json:"id"`
+	Tags    map[string]string `json:"tags,omitempty"`
+	Arch    string            `json:"arch"` // arm64 or amd64
+	OS      string            `json:"os"`   // darwin or linux
+	Driver  string            `json:"driver"`
+	Version string            `json:"version"`
+
+	Slots  int   `json:"slots"`  // VMs at once; at most two macOS guests per Mac
+	CPU    int   `json:"cpu"`    // cores
+	Memory int64 `json:"memory"` // bytes
+	// DiskFree is what the file system of the image store has left, in bytes.
+	DiskFree int64 `json:"disk_free"`
+	// PullRate is the measured rate of recent pulls in bytes per second; 0: not measured.
+	PullRate int64 `json:"pull_rate,omitempty"`
+
+	Images []NodeImage `json:"images,omitempty"`
+
+	// Session is random for each start of the agent; (Session, Sequence) orders reports.
+	Session  string `json:"session"`
+	Sequence int64  `json:"sequence"`
+
+	// Cordoned nodes get nothing new; set by an operator and kept in the ledger.
+	Cordoned bool `json:"cordoned,omitempty"`
+
+	// JoinedAt is the first report in this incarnation, SeenAt the last one.
+	JoinedAt time.Time `json:"joined_at,omitzero"`
+	SeenAt   time.Time `json:"seen_at,omitzero"`
+
+	Rev int64 `json:"-"`
+}
+
+// Image returns the node's word on an image; ok is false if it has none.
+func (n *Node) Image(d Digest) (NodeImage, bool) {
+	for _, i := range n.Images {
+		if i.Digest == d {
+			return i, true
+		}
+	}
+	return NodeImage{}, false
+}
+
+// ImageState is where an image is in its life on one node.
+type ImageState string
+
+// The states that a node reports.
+const (
+	ImageQueued    ImageState = "queued"
+	ImageCaching   ImageState = "caching"
+	ImagePaused    ImageState = "paused"
+	ImageVerifying ImageState = "verifying"
+	ImageReady     ImageState = "ready"
+	ImageEvicting  ImageState = "evicting"
+	ImageFailed    ImageState = "failed"
+)
+
+// NodeImage is an image on a node.
+type NodeImage struct {
+	Digest Digest     `json:"digest"`
+	Ref    string     `json:"ref"` // as it was ordered, for people
+	State  ImageState `json:"state"`
+	// Done and Total are bytes on the wire of the pull under way.
+	Done  int64 `json:"done,omitempty"`
+	Total int64 `json:"total,omitempty"`
+	// DiskBytes is what the image occupies on the node's disk.
+	DiskBytes int64 `json:"disk_bytes,omitempty"`
+	// Leases counts the VMs and transfers that hold it; a leased image is not evicted.
+	Leases int `json:"leases,omitempty"`
+	// UsedAt is the last lease, for eviction by recency.
+	UsedAt time.Time `json:"used_at,omitzero"`
+	// Class and Error say why a pull failed; RetryAt when it is tried again.
+	Class   string    `json:"class,omitempty"` // auth, not-found, network, disk, digest
+	Error   string    `json:"error,omitempty"`
+	RetryAt time.Time `json:"retry_at,omitzero"`
+}
+
+// Image is an image as the registry describes it: a tag resolved once, centrally.
+type Image struct {
+	Ref        string    `json:"ref"` // host/repository:tag as configured
+	Digest     Digest    `json:"digest"`
+	Bytes      int64     `json:"bytes"`      // compressed bytes of its distinct non-zero chunks: one full pull
+	DiskBytes  int64     `json:"disk_bytes"` // of the decoded disk
+	ResolvedAt time.Time `json:"resolved_at"`
+}
