@@ -76,7 +76,7 @@ type SyncReply struct {
 	// the journal.
 	Applied int64 `json:"applied"`
 
-	Hold    []ImageOrder   `json:"hold,omitempty"`    // images to have, most urgent first
+	Hold    []fleet.Hold   `json:"hold,omitempty"`    // images to have, most urgent first
 	Run     []VMOrder      `json:"run,omitempty"`     // VMs to bring up
 	Start   []RunnerOrder  `json:"start,omitempty"`   // runners to start in warm VMs
 	Destroy []DestroyOrder `json:"destroy,omitempty"` // VMs to tear down now
@@ -84,15 +84,6 @@ type SyncReply struct {
 
 	// Credential is a renewed one, to be kept instead of the node's own; mostly empty.
 	Credential string `json:"credential,omitempty"`
-}
-
-// ImageOrder asks a node to have an image.
-type ImageOrder struct {
-	Digest   fleet.Digest `json:"digest"`
-	Ref      string       `json:"ref"` // host/repository:tag, to be pulled by Digest
-	Priority int          `json:"priority"`
-	// Demand: a job waits for it; others are pre-warms, paused while a demand pull runs.
-	Demand bool `json:"demand,omitempty"`
 }
 
 // VMOrder asks a node to bring up one VM.

@@ -87,3 +87,23 @@ type Image struct {
 	DiskBytes  int64     `json:"disk_bytes"` // of the decoded disk
 	ResolvedAt time.Time `json:"resolved_at"`
 }
+
+// Orders is what the leader wants a node's cache to hold and to let go. Orders about
+// VMs are not in it: they follow from the VM records.
+type Orders struct {
+	Node  NodeID   `json:"node"`
+	Hold  []Hold   `json:"hold,omitempty"`  // most urgent first
+	Evict []Digest `json:"evict,omitempty"` // may go; the node refuses what is leased
+	Rev   int64    `json:"-"`
+}
+
+// Hold asks a node to have an image.
+type Hold struct {
+	Digest   Digest `json:"digest"`
+	Ref      string `json:"ref"` // host/repository:tag; the pull is by Digest
+	Priority int    `json:"priority,omitempty"`
+	// Demand: a job waits for it; others are pre-warms and wait while it is pulled.
+	Demand bool `json:"demand,omitempty"`
+	// Why, in words, for events and explain.
+	Why string `json:"why,omitempty"`
+}
