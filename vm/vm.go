@@ -67,6 +67,9 @@ var (
 	ErrAtCapacity = errors.New("no free machine slot on this host")
 	// ErrEnded: the machine has ended.
 	ErrEnded = errors.New("the machine has ended")
+	// ErrUnknown: nothing is known here of a machine of that name: it was never started,
+	// or nothing of it is left.
+	ErrUnknown = errors.New("no such machine here")
 )
 
 // BootError says that a machine did not come up, with the tail of its console.
