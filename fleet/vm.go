@@ -30,6 +30,8 @@ type VM struct {
 	State VMState  `json:"state"`
 	// Reason says in words why the VM is done, lost, retiring or to be destroyed.
 	Reason string `json:"reason,omitempty"`
+	// Failed: it is done because its node could not boot or serve it.
+	Failed bool `json:"failed,omitempty"`
 	// Cold: at placing, the image was not yet ready on the node when the job came.
 	Cold bool `json:"cold,omitempty"`
 

@@ -1,0 +1,173 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"slices"
+	"strings"
+
+	"github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/parser"
+	"github.com/google/go-containerregistry/pkg/name"
+
+	"github.com/paddock-ci/paddock/fleet"
+)
+
+// Problem is one mistake: where it is, what is wrong and what to do.
+type Problem struct {
+	File string // "" when there is no file
+	Line int    // 0 when the key is not in the file
+	Path string // like $.pools[1].image
+	What string
+	Hint string
+}
+
+func (p *Problem) Error() string {
+	where := strings.TrimPrefix(p.Path, "$.")
+	if p.Line > 0 {
+		where = fmt.Sprintf("%s:%d: %s", p.File, p.Line, where)
+	}
+	return fmt.Sprintf("%s: %s (hint: %s)", where, p.What, p.Hint)
+}
+
+// Is makes every problem an ErrInvalid.
+func (p *Problem) Is(target error) bool { return target == ErrInvalid }
+
+// check returns the first mistake in file order, or nil.
+func (c *Config) check() *Problem {
+	if err := fleet.CheckName("fleet", c.Fleet); err != nil {
+		return &Problem{Path: "$.fleet", What: err.Error(), Hint: "it becomes part of runner names"}
+	}
+	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
+		return &Problem{Path: "$.listen", What: fmt.Sprintf("%q is not host:port", c.Listen), Hint: `":8443" listens on every address`}
+	}
+	if u, err := url.Parse(c.URL); err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" {
+		return &Problem{Path: "$.url", What: fmt.Sprintf("%q is not a URL", c.URL), Hint: "like https://paddock.example.com:8443"}
+	}
+	if c.Redis != "" && !strings.HasPrefix(c.Redis, "redis://") && !strings.HasPrefix(c.Redis, "rediss://") {
+		return &Problem{Path: "$.redis", What: "not a Redis URL", Hint: "redis://host:6379/0, or rediss:// for TLS; leave it out for the embedded store"}
+	}
+	if (c.TLS.Cert == "") != (c.TLS.Key == "") {
+		return &Problem{Path: "$.tls", What: "cert and key go together", Hint: "give both files, or none for a self-made certificate"}
+	}
+	if c.GitHub.AppID < 0 {
+		return &Problem{Path: "$.github.app_id", What: "must be positive", Hint: "the App's settings page shows it"}
+	}
+	if err := fleet.CheckName("node", c.Node.Name); err != nil {
+		return &Problem{Path: "$.node.name", What: err.Error(), Hint: "leave it out for the host's name"}
+	}
+	if c.Node.Slots < 1 || c.Node.Slots > 64 {
+		return &Problem{Path: "$.node.slots", What: fmt.Sprintf("%d slots", c.Node.Slots), Hint: "1 to 64; a Mac runs at most two macOS guests"}
+	}
+	if c.Node.Driver != "process" {
+		return &Problem{Path: "$.node.driver", What: fmt.Sprintf("no driver %q in this version", c.Node.Driver), Hint: "process"}
+	}
+	seen := map[string]int{}
+	for i := range c.Pools {
+		if problem := c.Pools[i].check(fmt.Sprintf("$.pools[%d]", i)); problem != nil {
+			return problem
+		}
+		if before, twice := seen[c.Pools[i].Name]; twice {
+			return &Problem{Path: fmt.Sprintf("$.pools[%d].name", i), What: fmt.Sprintf("pool %d is called %q, too", before+1, c.Pools[i].Name), Hint: "pool names are unique"}
+		}
+		seen[c.Pools[i].Name] = i
+	}
+	return nil
+}
+
+func (p *Pool) check(path string) *Problem {
+	problem := func(key, what, hint string) *Problem {
+		if key != "" {
+			key = "." + key
+		}
+		return &Problem{Path: path + key, What: what, Hint: hint}
+	}
+	if err := fleet.CheckName("pool", p.Name); err != nil {
+		return problem("name", err.Error(), "every pool has a name")
+	}
+	title := fmt.Sprintf("pool %q", p.Name)
+	switch {
+	case p.Image == "":
+		return problem("", title+" has no image", "image: ghcr.io/owner/name:tag")
+	case len(p.Labels) == 0:
+		return problem("", title+" has no labels", "labels: [self-hosted, macOS, …]; a job runs here if all of its labels are among them")
+	case len(p.Scopes) == 0:
+		return problem("", title+" has no scopes", "scopes: [my-organization] or [owner/repository], where its runners are registered")
+	case p.CPU < 0 || p.MinIdle < 0 || p.Max < 0 || p.MaxPerRepository < 0 || p.Group < 0:
+		return problem("", title+" has a negative number", "leave a key out for its default")
+	case p.Max > 0 && p.MinIdle > p.Max:
+		return problem("min_idle", fmt.Sprintf("%d warm VMs, but at most %d in all", p.MinIdle, p.Max), "raise max or lower min_idle")
+	}
+	if _, err := name.ParseReference(p.Image); err != nil {
+		return problem("image", err.Error(), "like ghcr.io/owner/name:tag")
+	}
+	for i, s := range p.Scopes {
+		if s == "" || strings.Count(s, "/") > 1 || strings.HasPrefix(s, "/") || strings.HasSuffix(s, "/") {
+			return problem(fmt.Sprintf("scopes[%d]", i), fmt.Sprintf("%q is no scope", s), "an organization or owner/repository")
+		}
+	}
+	known := []fleet.Bootstrap{fleet.BootstrapAgent, fleet.BootstrapSSH, fleet.BootstrapSelf}
+	if !slices.Contains(known, fleet.Bootstrap(p.Bootstrap)) {
+		return problem("bootstrap", fmt.Sprintf("unknown bootstrap %q", p.Bootstrap), "agent, ssh or self")
+	}
+	for i, m := range p.Mounts {
+		if m.Name == "" || !strings.HasPrefix(m.Path, "/") {
+			return problem(fmt.Sprintf("mounts[%d]", i), "a mount needs a name and an absolute path", "{name: cache, path: /Users/ci/cache, read_only: true}")
+		}
+	}
+	return nil
+}
+
+// explainSyntax turns the decoder's error into one line with the file, the line and a hint.
+func explainSyntax(path string, err error) error {
+	var value *Problem
+	if errors.As(err, &value) {
+		value.File = path
+		return value
+	}
+	problem := &Problem{File: path, Path: "$.yaml", What: err.Error(), Hint: "`paddock config check` reads the file without starting anything"}
+	var located yaml.Error
+	if errors.As(err, &located) {
+		problem.What = located.GetMessage()
+		if token := located.GetToken(); token != nil && token.Position != nil {
+			problem.Line = token.Position.Line
+			problem.Path = "$." + token.Value
+		}
+	}
+	var unknown *yaml.UnknownFieldError
+	if errors.As(err, &unknown) {
+		problem.What, problem.Hint = "unknown key", "docs/paddock.example.yaml lists every key; mind the indentation"
+	}
+	return problem
+}
+
+// lineOf finds the line of a path, or of its nearest parent that is in the source; 0
+// when there is no source.
+func lineOf(source []byte, path string) int {
+	file, err := parser.ParseBytes(source, 0)
+	if err != nil || len(source) == 0 {
+		return 0
+	}
+	for path != "" && path != "$" {
+		if node := nodeAt(file, path); node != nil && node.GetToken() != nil {
+			return node.GetToken().Position.Line
+		}
+		path = path[:max(0, strings.LastIndexAny(path, ".["))]
+	}
+	return 0
+}
+
+func nodeAt(file *ast.File, path string) ast.Node {
+	at, err := yaml.PathString(path)
+	if err != nil {
+		return nil
+	}
+	node, err := at.FilterFile(file)
+	if err != nil {
+		return nil
+	}
+	return node
+}

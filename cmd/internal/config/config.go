@@ -1,0 +1,282 @@
+// Package config is Paddock's one configuration file as a Go value: read strictly, with
+// every mistake named by its line and a hint, then overlaid by the environment.
+//
+// It builds nothing and opens nothing but the file and the secret files it names. The
+// commands in cmd/paddock call it, and so does the demo.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/goccy/go-yaml"
+
+	"github.com/paddock-ci/paddock/fleet"
+)
+
+// Config is the file. Every key is optional unless its comment says otherwise; `paddock
+// config check` tells which of them a command still misses.
+type Config struct {
+	// Fleet is part of every runner's name at GitHub; two fleets in one account need two
+	// names. Default "paddock".
+	Fleet string `yaml:"fleet"`
+	// Listen is host:port of the controller's HTTPS. Default ":8443".
+	Listen string `yaml:"listen"`
+	// URL is how nodes, pipelines and GitHub reach the controller. Default: https://, this
+	// host's name and the port of Listen.
+	URL string `yaml:"url"`
+	// Data is the directory for the ledger, the fleet key, the self-made certificate and
+	// the embedded store. Default: $XDG_STATE_HOME/paddock, else ~/.local/state/paddock.
+	Data string `yaml:"data"`
+	// Redis is redis:// or rediss://…; without it the store is embedded in this process.
+	Redis string `yaml:"redis"`
+
+	TLS    TLS    `yaml:"tls"`
+	GitHub GitHub `yaml:"github"`
+	Images Images `yaml:"images"`
+	Pools  []Pool `yaml:"pools"`
+	Node   Node   `yaml:"node"`
+}
+
+// TLS names the certificate; without one, Paddock makes its own and nodes pin its hash.
+type TLS struct {
+	Cert string `yaml:"cert"`
+	Key  string `yaml:"key"`
+}
+
+// GitHub is the App that Paddock acts as.
+type GitHub struct {
+	AppID          int64  `yaml:"app_id"`
+	PrivateKeyFile string `yaml:"private_key_file"`
+	// WebhookSecretFiles: any of the secrets is accepted, so that one can be changed
+	// without losing a delivery.
+	WebhookSecretFiles []string `yaml:"webhook_secret_files"`
+	// API is for GitHub Enterprise Server; default https://api.github.com/.
+	API string `yaml:"api"`
+	// SweepEvery is how often the delivery log is read for webhooks that were lost.
+	// Default 20s.
+	SweepEvery Duration `yaml:"sweep_every"`
+}
+
+// Images says where images may come from.
+type Images struct {
+	// Registries that may be pulled from; empty: all.
+	Registries []string `yaml:"registries"`
+	// ResolveEvery is how often a pool's tag is resolved again. Default 5m.
+	ResolveEvery Duration `yaml:"resolve_every"`
+}
+
+// Pool is fleet.Pool as people write it.
+type Pool struct {
+	Name               string            `yaml:"name"`   // required
+	Scopes             []string          `yaml:"scopes"` // required: organizations or owner/repository
+	Labels             []string          `yaml:"labels"` // required
+	MatchHosted        bool              `yaml:"match_hosted"`
+	PublicRepositories bool              `yaml:"public_repositories"`
+	Image              string            `yaml:"image"` // required
+	CPU                int               `yaml:"cpu"`
+	Memory             Size              `yaml:"memory"`
+	Disk               Size              `yaml:"disk"`
+	Growth             Size              `yaml:"growth"`
+	Mounts             []Mount           `yaml:"mounts"`
+	Env                map[string]string `yaml:"env"`
+	MinIdle            int               `yaml:"min_idle"`
+	Max                int               `yaml:"max"`
+	MaxPerRepository   int               `yaml:"max_per_repository"`
+	Priority           int               `yaml:"priority"`
+	Group              int64             `yaml:"group"`
+	Nodes              []string          `yaml:"nodes"`
+	NodeTags           map[string]string `yaml:"node_tags"`
+	Bootstrap          string            `yaml:"bootstrap"`
+	Runner             []string          `yaml:"runner"`
+	Deadlines          Deadlines         `yaml:"deadlines"`
+}
+
+// Mount is a directory of the node that the guest sees.
+type Mount struct {
+	Name     string `yaml:"name"`
+	Path     string `yaml:"path"`
+	ReadOnly bool   `yaml:"read_only"`
+}
+
+// Deadlines bound the phases of a VM's life.
+type Deadlines struct {
+	Boot       Duration `yaml:"boot"`
+	Warm       Duration `yaml:"warm"`
+	Registered Duration `yaml:"registered"`
+	Life       Duration `yaml:"life"`
+}
+
+// Node is this machine, when it runs VMs.
+type Node struct {
+	// Name is what the node joined under. Default: the host's name, made fit.
+	Name string            `yaml:"name"`
+	Tags map[string]string `yaml:"tags"`
+	// Slots is how many VMs run at once. Default 2, which is Apple's limit for macOS guests.
+	Slots int `yaml:"slots"`
+	// Driver runs the VMs: process (child processes, for trying Paddock out). Default process.
+	Driver string `yaml:"driver"`
+	// Dir holds images, clones and the journal. Default: node under Data.
+	Dir string `yaml:"dir"`
+	// Streams is how many requests a pull runs at once. Default 8.
+	Streams int `yaml:"streams"`
+}
+
+// Load reads the file (path "" means: none) and overlays the environment. What it
+// returns has its defaults filled and has passed Check.
+func Load(path string, environ []string) (*Config, error) {
+	c := &Config{}
+	var source []byte
+	if path != "" {
+		var err error
+		source, err = os.ReadFile(path)
+		if err != nil {
+			return nil, fmt.Errorf("read the configuration: %w (hint: --config names the file; docs/paddock.example.yaml is one to start from)", err)
+		}
+	}
+	return c, c.load(path, source, environ)
+}
+
+func (c *Config) load(path string, source []byte, environ []string) error {
+	if len(strings.TrimSpace(string(source))) > 0 {
+		if err := yaml.UnmarshalWithOptions(source, c, yaml.Strict()); err != nil {
+			return explainSyntax(path, err)
+		}
+	}
+	if err := c.overlay(environ); err != nil {
+		return err
+	}
+	c.fillDefaults()
+	if problem := c.check(); problem != nil {
+		problem.File, problem.Line = path, lineOf(source, problem.Path)
+		return problem
+	}
+	return nil
+}
+
+// fillDefaults puts the documented default where a key is missing.
+func (c *Config) fillDefaults() {
+	def(&c.Fleet, "paddock")
+	def(&c.Listen, ":8443")
+	if c.Data == "" {
+		c.Data = filepath.Join(stateHome(), "paddock")
+	}
+	def(&c.Node.Driver, "process")
+	def(&c.Node.Slots, 2)
+	def(&c.Node.Streams, 8)
+	def(&c.Node.Dir, filepath.Join(c.Data, "node"))
+	if c.Node.Name == "" {
+		host, err := os.Hostname()
+		if err != nil {
+			host = "node"
+		}
+		c.Node.Name = fitName(host)
+	}
+	if c.URL == "" {
+		c.URL = "https://" + defaultHost(c.Listen)
+	}
+	for i := range c.Pools {
+		def(&c.Pools[i].Bootstrap, string(fleet.BootstrapAgent))
+	}
+}
+
+func def[T comparable](field *T, value T) {
+	var zero T
+	if *field == zero {
+		*field = value
+	}
+}
+
+// stateHome is where a program keeps what must outlive it (XDG base directories).
+func stateHome() string {
+	if dir := os.Getenv("XDG_STATE_HOME"); dir != "" {
+		return dir
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return os.TempDir()
+	}
+	return filepath.Join(home, ".local", "state")
+}
+
+// defaultHost is this host's name with the port of listen, or listen's own host.
+func defaultHost(listen string) string {
+	host, port, _ := strings.Cut(listen, ":")
+	if host == "" || host == "0.0.0.0" {
+		name, err := os.Hostname()
+		if err != nil {
+			name = "localhost"
+		}
+		host = name
+	}
+	return host + ":" + port
+}
+
+// fitName makes a node name of a host name: its first label, lower case.
+func fitName(host string) string {
+	host, _, _ = strings.Cut(strings.ToLower(host), ".")
+	fit := strings.Trim(strings.Map(func(r rune) rune {
+		if (r >= 'a' && r <= 'z') || (r >= '0' && r <= '9') {
+			return r
+		}
+		return '-'
+	}, host), "-")
+	if fit == "" {
+		return "node"
+	}
+	return fit[:min(len(fit), 63)]
+}
+
+// FleetPools are the pools as the other packages speak of them.
+func (c *Config) FleetPools() []fleet.Pool {
+	pools := make([]fleet.Pool, 0, len(c.Pools))
+	for _, p := range c.Pools {
+		pools = append(pools, p.pool())
+	}
+	return pools
+}
+
+func (p *Pool) pool() fleet.Pool {
+	out := fleet.Pool{
+		Name: fleet.PoolName(p.Name), Labels: fleet.NewLabels(p.Labels...),
+		MatchHosted: p.MatchHosted, PublicRepositories: p.PublicRepositories,
+		Image: p.Image, CPU: p.CPU, Memory: int64(p.Memory), Disk: int64(p.Disk), Growth: int64(p.Growth),
+		Env: p.Env, MinIdle: p.MinIdle, Max: p.Max, MaxPerRepository: p.MaxPerRepository,
+		Priority: p.Priority, Group: p.Group, Bootstrap: fleet.Bootstrap(p.Bootstrap), Runner: p.Runner,
+		Nodes: fleet.Selector{Tags: p.NodeTags},
+		Deadlines: fleet.Deadlines{
+			Boot: p.Deadlines.Boot.Duration(), Warm: p.Deadlines.Warm.Duration(),
+			Registered: p.Deadlines.Registered.Duration(), Life: p.Deadlines.Life.Duration(),
+		},
+	}
+	for _, s := range p.Scopes {
+		out.Scopes = append(out.Scopes, fleet.Scope(s))
+	}
+	for _, n := range p.Nodes {
+		out.Nodes.Names = append(out.Nodes.Names, fleet.NodeID(n))
+	}
+	for _, m := range p.Mounts {
+		out.Mounts = append(out.Mounts, fleet.Mount{Name: m.Name, Path: m.Path, ReadOnly: m.ReadOnly})
+	}
+	return out
+}
+
+// ReadSecret reads a secret's file and trims the newline that editors leave. The error
+// names the file, never what is in it.
+func ReadSecret(path string) ([]byte, error) {
+	secret, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read the secret: %w", err)
+	}
+	secret = []byte(strings.TrimRight(string(secret), "\r\n"))
+	if len(secret) == 0 {
+		return nil, fmt.Errorf("read the secret: %s is empty", path)
+	}
+	return secret, nil
+}
+
+// ErrInvalid is what every mistake in a configuration is.
+var ErrInvalid = errors.New("invalid configuration")
