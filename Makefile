@@ -1,0 +1,97 @@
+# Paddock. "make help" lists what there is to make.
+#
+# Everything is built by the go command from pinned versions: the product's in go.mod,
+# the tools' in tools/go.mod. Nothing is fetched in any other way, except the system
+# packages that .ci/packages names.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+LINT    := .cache/golangci-lint
+VULN    := .cache/govulncheck
+STAT    := .cache/benchstat
+VERDICT := .cache/verdict
+
+# The modules that are tested and linted: the product, the end-to-end tests, the tools.
+MODULES := . $(patsubst %/go.mod,%,$(wildcard e2e/go.mod)) tools
+
+FUZZTIME ?= 30s
+COUNT    ?= 1
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: demo
+demo: build ## run 12 jobs on three nodes against a simulated GitHub; ARGS="--json" for machines
+	@bin/paddock-demo $(ARGS)
+
+.PHONY: build
+build: ## build the programs into bin/
+	@mkdir -p bin
+	go build -o bin/ ./cmd/...
+
+.PHONY: test
+test: packages $(VERDICT) ## vet and test everything with the race detector; with CI=true a skip is a failure
+	go vet ./...
+	$(VERDICT) $(MODULES:%=-dir %) -- -race -timeout 9m ./...
+
+.PHONY: packages
+packages: ## install the system packages that the tests need (Debian, as root; else says which)
+	@.ci/packages
+
+.PHONY: e2e
+e2e: packages $(VERDICT) ## run only the end-to-end tests, with a real runner
+	@test -f e2e/go.mod || { echo "e2e: there is no e2e module in this tree" >&2; exit 1; }
+	$(VERDICT) -dir e2e -- -race -timeout 9m -v ./...
+
+.PHONY: lint
+lint: $(LINT) ## linters, floors, formatting, checksums, and a build for macOS
+	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "gofmt these: $$unformatted" >&2; exit 1; }
+	@for module in $(MODULES); do \
+		echo "golangci-lint run ($$module)"; \
+		(cd $$module && $(CURDIR)/$(LINT) run --config $(CURDIR)/.golangci.yml ./...); \
+	done
+	go test -count 1 .
+	go mod verify
+	GOOS=darwin GOARCH=arm64 CGO_ENABLED=0 go build -buildvcs=false ./...
+
+.PHONY: bench
+bench: packages $(STAT) ## run the benchmarks (COUNT=5 for a spread); figures go to .cache/bench.txt
+	go test -run '^$$' -bench . -benchmem -count $(COUNT) -timeout 30m ./... | tee .cache/bench.txt
+	$(STAT) .cache/bench.txt
+
+.PHONY: fuzz
+fuzz: ## run every fuzz target for FUZZTIME (30s each)
+	@for package in $$(go list ./...); do \
+		for target in $$(go test -list '^Fuzz' $$package | grep '^Fuzz' || true); do \
+			echo "$$package $$target"; \
+			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) $$package; \
+		done; \
+	done
+
+.PHONY: vuln
+vuln: $(VULN) ## look for known vulnerabilities (needs vuln.go.dev)
+	$(VULN) ./...
+
+.PHONY: tidy-check
+tidy-check: ## say what "go mod tidy" would change
+	@for module in $(MODULES); do echo "go mod tidy -diff ($$module)"; (cd $$module && go mod tidy -diff); done
+
+.PHONY: clean
+clean: ## remove what make has built
+	rm -rf bin .cache
+
+# The tools are rebuilt when their pinned versions change.
+$(LINT): tools/go.mod tools/go.sum
+	go build -C tools -buildvcs=false -o ../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+$(VULN): tools/go.mod tools/go.sum
+	go build -C tools -buildvcs=false -o ../$@ golang.org/x/vuln/cmd/govulncheck
+
+$(STAT): tools/go.mod tools/go.sum
+	go build -C tools -buildvcs=false -o ../$@ golang.org/x/perf/cmd/benchstat
+
+$(VERDICT): $(wildcard tools/verdict/*.go)
+	go build -C tools -buildvcs=false -o ../$@ ./verdict

@@ -1,0 +1,83 @@
+// Command verdict runs "go test -json" in one or more modules and prints what a person
+// and a CI system want to read of it: go test's own line per package, the full output
+// of what failed, the reason of what was skipped, and at the end, alone on a line,
+// "N passed, N failed, N skipped".
+//
+// It is not a test runner: what is tested and how is said in the arguments after "--",
+// which go to go test unchanged. With CI=true in the environment a skipped test is a
+// failure, because there nothing may be missing.
+//
+// The Makefile calls it.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"strings"
+	"syscall"
+)
+
+func main() {
+	var dirs dirList
+	flag.Var(&dirs, "dir", "a module's directory; may be repeated (default: the working directory)")
+	flag.Parse()
+	if len(dirs) == 0 {
+		dirs = dirList{"."}
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+
+	t := newTally(os.Stdout)
+	for _, dir := range dirs {
+		if err := run(ctx, t, dir, flag.Args()); err != nil {
+			t.broken(dir, err)
+		}
+	}
+	if !t.close(os.Getenv("CI") == "true") {
+		stop()
+		os.Exit(1)
+	}
+}
+
+// run tests one module. Failing tests are the tally's affair; an error means that go
+// test itself could not do its work.
+func run(ctx context.Context, t *tally, dir string, args []string) error {
+	c := exec.CommandContext(ctx, "go", append([]string{"test", "-json"}, args...)...)
+	c.Dir = dir
+	c.Stderr = os.Stderr
+	// An interrupt lets go test stop its children; killed, it would leave them.
+	c.Cancel = func() error { return c.Process.Signal(os.Interrupt) }
+	out, err := c.StdoutPipe()
+	if err != nil {
+		return fmt.Errorf("connecting to go test: %w", err)
+	}
+	if err := c.Start(); err != nil {
+		return fmt.Errorf("starting go test: %w", err)
+	}
+	before := t.failed
+	readErr := t.read(out)
+	_, _ = io.Copy(io.Discard, out) // or go test would wait for a reader
+	waitErr := c.Wait()
+	if readErr != nil {
+		return readErr
+	}
+	if waitErr != nil && t.failed == before {
+		return fmt.Errorf("go test: %w, and no test failed", waitErr)
+	}
+	return nil
+}
+
+// dirList is a flag that may be repeated.
+type dirList []string
+
+func (d *dirList) String() string { return strings.Join(*d, ",") }
+
+func (d *dirList) Set(dir string) error {
+	*d = append(*d, dir)
+	return nil
+}
