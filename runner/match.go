@@ -73,7 +73,8 @@ type job struct {
 // candidate is one live VM with the job it is matched with.
 type candidate struct {
 	*fleet.VM
-	job *job
+	rank int // see progress
+	job  *job
 	// held keeps the VM's match although the job is not known (any more): it is busy.
 	held fleet.JobID
 }
@@ -131,7 +132,7 @@ func newMatcher(jobs []*fleet.Job, vms []*fleet.VM, poolOf PoolOf) *matcher {
 	}
 	for _, v := range vms {
 		if !v.State.Final() {
-			m.vms = append(m.vms, &candidate{VM: v})
+			m.vms = append(m.vms, &candidate{VM: v, rank: progress(v)})
 		}
 	}
 	slices.SortFunc(m.vms, compareCandidates)
@@ -151,7 +152,7 @@ func compareCandidates(a, b *candidate) int {
 		return len(c.Claim.Labels)
 	}
 	return cmp.Or(
-		cmp.Compare(progress(b.VM), progress(a.VM)),
+		cmp.Compare(b.rank, a.rank),
 		cmp.Compare(labels(a), labels(b)),
 		a.PlacedAt.Compare(b.PlacedAt),
 		cmp.Compare(a.ID, b.ID),
@@ -190,6 +191,7 @@ func (m *matcher) bind(fleetName string) {
 
 // keep leaves the matches that are still possible.
 func (m *matcher) keep() {
+	held := map[fleet.JobID]bool{}
 	for _, v := range m.vms {
 		if v.job != nil || v.Job == 0 {
 			continue
@@ -197,8 +199,9 @@ func (m *matcher) keep() {
 		j := m.byJob[v.Job]
 		switch {
 		case j == nil:
-			if v.State == fleet.VMBusy {
+			if v.State == fleet.VMBusy && !held[v.Job] {
 				v.held = v.Job // it has its job; only the job's record is gone
+				held[v.Job] = true
 			}
 		case j.vm != nil:
 		case j.Status == fleet.JobInProgress && j.RunnerName == "" && v.Claim != nil:

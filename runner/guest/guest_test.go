@@ -1,0 +1,498 @@
+package guest
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// The cast: an agent that listens on a unix socket in a directory of its own, its log
+// in a buffer, and clients that come and go. Runners are small shell scripts.
+type fixture struct {
+	dir    string
+	socket string
+	log    *lockedBuffer
+	stop   func() // ends the agent and waits for it
+}
+
+// lockedBuffer is a log that may be read while it is written.
+type lockedBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
+func serve(t *testing.T) *fixture {
+	t.Helper()
+	short, err := os.MkdirTemp("", "g") // a socket's path is short
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(short) })
+	f := &fixture{dir: t.TempDir(), socket: filepath.Join(short, "s"), log: &lockedBuffer{}}
+	l, err := (&net.ListenConfig{}).Listen(t.Context(), "unix", f.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	served := make(chan error, 1)
+	go func() {
+		served <- Serve(ctx, l, AgentConfig{Dir: f.dir, Version: "v-test", Log: slog.New(slog.NewTextHandler(f.log, nil))})
+	}()
+	f.stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-served; err != nil {
+			t.Errorf("Serve: %v", err)
+		}
+	})
+	t.Cleanup(f.stop)
+	return f
+}
+
+func (f *fixture) dial(t *testing.T) *Client {
+	t.Helper()
+	conn, err := (&net.Dialer{}).DialContext(t.Context(), "unix", f.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := New(conn)
+	t.Cleanup(func() { _ = c.Close() })
+	return c
+}
+
+func script(name, text string, input string) Run {
+	return Run{Name: name, Argv: []string{"sh", "-c", text}, Input: []byte(input)}
+}
+
+func TestRunnerLife(t *testing.T) {
+	f := serve(t)
+	c := f.dial(t)
+	h, err := c.Hello(t.Context())
+	if err != nil || h.Protocol != Protocol || h.Version != "v-test" || h.Status.State != Idle {
+		t.Fatalf("hello: %+v, %v", h, err)
+	}
+	r := script("r1", `read -r config; pwd; echo "got ${#config} bytes, $GREETING";
+		echo "2026-01-02 03:04:05Z: Running job: build (a, b)"; read -r more || echo ended; exit 3`, "secret-config\n")
+	r.Env = map[string]string{"GREETING": "hello"}
+	if err := c.Start(t.Context(), r); err != nil {
+		t.Fatal(err)
+	}
+	var seen []State
+	s, err := c.Watch(t.Context(), func(s Status) { seen = append(seen, s.State) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.State != Exited || s.Name != "r1" || s.Job != "build (a, b)" || s.ExitCode != 3 || s.BusyAt.IsZero() || s.ExitedAt.Before(s.BusyAt) {
+		t.Errorf("final status %+v", s)
+	}
+	for _, want := range []string{f.dir, "got 13 bytes, hello", "ended"} {
+		if !strings.Contains(s.Tail, want) {
+			t.Errorf("tail %q does not have %q", s.Tail, want)
+		}
+	}
+	if seen[len(seen)-1] != Exited {
+		t.Errorf("watch reported %v, want Exited last", seen)
+	}
+	if strings.Contains(f.log.String(), "secret") {
+		t.Errorf("the input is in the log: %s", f.log)
+	}
+}
+
+func TestStartIsIdempotentByName(t *testing.T) {
+	f := serve(t)
+	c := f.dial(t)
+	r := script("r1", `echo run >> runs; cat`, "x")
+	for range 3 {
+		if err := c.Start(t.Context(), r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := c.Watch(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(t.Context(), r); err != nil {
+		t.Errorf("the same name after its exit: %v", err)
+	}
+	if err := c.Start(t.Context(), script("r2", "true", "")); !errors.Is(err, ErrOccupied) {
+		t.Errorf("another name: %v, want ErrOccupied", err)
+	}
+	runs, err := os.ReadFile(filepath.Join(f.dir, "runs"))
+	if err != nil || string(runs) != "run\n" {
+		t.Errorf("it ran %q, %v; want once", runs, err)
+	}
+}
+
+func TestStartThatFailsLeavesTheGuestIdle(t *testing.T) {
+	f := serve(t)
+	c := f.dial(t)
+	err := c.Start(t.Context(), Run{Name: "r1", Argv: []string{"no-such-program"}, Input: []byte("secret")})
+	if err == nil || !strings.Contains(err.Error(), "no-such-program") || strings.Contains(err.Error(), "secret") {
+		t.Fatalf("error %v, want one that names the program", err)
+	}
+	if err := c.Start(t.Context(), Run{Name: "r1"}); err == nil {
+		t.Error("a runner without a program was started")
+	}
+	h, err := c.Hello(t.Context())
+	if err != nil || h.Status.State != Idle {
+		t.Errorf("hello: %+v, %v; want idle", h, err)
+	}
+}
+
+func TestStateOutlivesConnections(t *testing.T) {
+	f := serve(t)
+	c := f.dial(t)
+	if err := c.Start(t.Context(), script("r1", `cat; echo "Running Job 'lint'"; read -r x < gate; exit 5`, "")); err != nil {
+		t.Fatal(err)
+	}
+	gate := filepath.Join(f.dir, "gate")
+	if err := syscall.Mkfifo(gate, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	busy := errors.New("seen")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	_, err := c.Watch(ctx, func(s Status) {
+		if s.State == Busy {
+			cancel(busy)
+		}
+	})
+	if !errors.Is(err, context.Canceled) {
+		t.Fatalf("a cancelled watch: %v", err)
+	}
+	if _, err := c.Hello(t.Context()); err != nil {
+		t.Fatalf("hello on the same connection after a cancelled watch: %v", err)
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Hello(t.Context()); !errors.Is(err, ErrLost) {
+		t.Errorf("hello on a closed client: %v, want ErrLost", err)
+	}
+
+	again := f.dial(t)
+	h, err := again.Hello(t.Context())
+	if err != nil || h.Status.State != Busy || h.Status.Job != "lint" {
+		t.Fatalf("hello on a new connection: %+v, %v; want busy with lint", h, err)
+	}
+	if err := os.WriteFile(gate, []byte("go\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if s, err := again.Watch(t.Context(), nil); err != nil || s.ExitCode != 5 {
+		t.Errorf("watch on a new connection: %+v, %v", s, err)
+	}
+}
+
+func TestServeEndKillsTheRunnersGroup(t *testing.T) {
+	f := serve(t)
+	c := f.dial(t)
+	if err := c.Start(t.Context(), script("r1", `sleep 600 & echo $! > child; echo "Running job: x"; sleep 600`, "")); err != nil {
+		t.Fatal(err)
+	}
+	busy := make(chan struct{})
+	lost := make(chan error, 1)
+	go func() {
+		_, err := c.Watch(t.Context(), func(s Status) {
+			if s.State == Busy {
+				close(busy)
+			}
+		})
+		lost <- err
+	}()
+	<-busy
+	b, err := os.ReadFile(filepath.Join(f.dir, "child"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	child, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.stop()
+	if err := <-lost; !errors.Is(err, ErrLost) {
+		t.Errorf("the watch ended with %v, want ErrLost", err)
+	}
+	if state := processState(child); state != "" && state != "Z" {
+		t.Errorf("the runner's child %d is in state %q after Serve returned", child, state)
+	}
+}
+
+// processState is the state letter of a process, "" if there is none. Without /proc a
+// signal tells whether it is there.
+func processState(pid int) string {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err == nil {
+		return string(stat[bytes.LastIndexByte(stat, ')')+2])
+	}
+	if _, noProc := os.Stat("/proc/self"); noProc != nil && syscall.Kill(pid, 0) == nil {
+		return "?"
+	}
+	return ""
+}
+
+func TestDaemonThatHoldsThePipeDoesNotHoldTheExit(t *testing.T) {
+	f := serve(t)
+	c := f.dial(t)
+	// A shell's background job is in the same group and killed with it; perl's or
+	// python's daemons leave the group, as setsid does here.
+	if err := c.Start(t.Context(), script("r1", `setsid sleep 5 & exit 0`, "")); err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	if s, err := c.Watch(t.Context(), nil); err != nil || s.ExitCode != 0 {
+		t.Fatalf("%+v, %v", s, err)
+	}
+	if took := time.Since(start); took > 4*time.Second {
+		t.Errorf("exit was seen after %v; the daemon held it", took)
+	}
+}
+
+func TestOutputFloodIsBounded(t *testing.T) {
+	f := serve(t)
+	c := f.dial(t)
+	// 64 MB without a single line end, then the line that matters, then the end.
+	if err := c.Start(t.Context(), script("r1", `head -c 64000000 /dev/zero | tr '\0' x; echo; echo "Running job: late"; printf end; kill -9 $$`, "")); err != nil {
+		t.Fatal(err)
+	}
+	s, err := c.Watch(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(s.Tail) != maxTail || !strings.HasSuffix(s.Tail, "end") || s.Job != "late" || s.ExitCode != 128+9 {
+		t.Errorf("job %q, code %d, tail of %d bytes ending in %q", s.Job, s.ExitCode, len(s.Tail), s.Tail[max(0, len(s.Tail)-10):])
+	}
+}
+
+func TestInputIsHidden(t *testing.T) {
+	r := Run{Name: "r1", Argv: []string{"run"}, Input: []byte("the-secret")}
+	var log bytes.Buffer
+	slog.New(slog.NewJSONHandler(&log, nil)).Info("x", "run", r)
+	slog.New(slog.NewTextHandler(&log, nil)).Info("x", "run", r, "pointer", &r)
+	asJSON, err := json.Marshal(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	encoded, err := json.Marshal(r.Input)
+	if err != nil {
+		t.Fatal(err)
+	}
+	printed := fmt.Sprintf("%v %+v %#v %s %v", r, r, r, r, &r) + log.String() + string(asJSON)
+	for _, form := range []string{"the-secret", strings.Trim(string(encoded), `"`), fmt.Sprint(r.Input)} {
+		if strings.Contains(printed, form) {
+			t.Errorf("the input is printed: %s", printed)
+		}
+	}
+	if !strings.Contains(printed, "r1") {
+		t.Errorf("the name is not printed: %s", printed)
+	}
+}
+
+func TestTooLargeInputIsRefusedBeforeItIsSent(t *testing.T) {
+	c := serve(t).dial(t)
+	err := c.Start(t.Context(), Run{Name: "r1", Argv: []string{"true"}, Input: make([]byte, maxFrame)})
+	if err == nil || errors.Is(err, ErrLost) {
+		t.Errorf("error %v, want one about the size", err)
+	}
+	if _, err := c.Hello(t.Context()); err != nil {
+		t.Errorf("the connection did not survive: %v", err)
+	}
+}
+
+func TestParseBusy(t *testing.T) {
+	for _, test := range []struct {
+		line, job string
+	}{
+		{"2026-01-02 03:04:05Z: Running job: build", "build"},
+		{"2026-01-02T03:04:05.123Z: Running job: build (macos, 15)\r", "build (macos, 15)"},
+		{"Running job: x", "x"},
+		{"Running Job 'test'", "test"},
+		{"Running job: ", ""},
+		{"echo Running job: x", ""},
+		{"2026-01-02 03:04:05Z: Listening for Jobs", ""},
+		{"2026-01-02 03:04:05Z: Job build completed with result: Succeeded", ""},
+	} {
+		job, ok := parseBusy(test.line)
+		if job != test.job || ok != (test.job != "") {
+			t.Errorf("parseBusy(%q) = %q, %v; want %q", test.line, job, ok, test.job)
+		}
+	}
+}
+
+// An agent that is older than a request says so, and the connection goes on.
+func TestUnknownRequest(t *testing.T) {
+	c := serve(t).dial(t)
+	if _, err := c.call(t.Context(), kind(77), nil, kindDone); !errors.Is(err, ErrUnsupported) {
+		t.Errorf("an unknown request: %v, want ErrUnsupported", err)
+	}
+	if _, err := c.Hello(t.Context()); err != nil {
+		t.Errorf("the connection did not survive: %v", err)
+	}
+}
+
+// A guest that sends what it likes: the client gives an error, does not hang, and holds
+// every field within its bounds.
+func TestHostileGuest(t *testing.T) {
+	long := strings.Repeat("é", maxFrame/8)
+	for name, answer := range map[string]func() ([]byte, error){
+		"unknown state":  func() ([]byte, error) { return encodeFrame(kindStatus, 1, Status{State: "flying"}) },
+		"wrong kind":     func() ([]byte, error) { return encodeFrame(kindDone, 1, nil) },
+		"no json":        func() ([]byte, error) { return []byte{0, 0, 0, 6, byte(kindStatus), 0, 0, 0, 1, '{'}, nil },
+		"endless length": func() ([]byte, error) { return []byte{255, 255, 255, 255, 1, 0, 0, 0, 1}, nil },
+		"cut short":      func() ([]byte, error) { return []byte{0, 0, 1, 0, 1, 0, 0, 0, 1}, nil },
+		"an error":       func() ([]byte, error) { return encodeFrame(kindError, 1, errorBody{Text: long}) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			b, err := answer()
+			if err != nil {
+				t.Fatal(err)
+			}
+			host, inside := net.Pipe()
+			go func() {
+				if _, err := readFrame(inside); err == nil {
+					_, _ = inside.Write(b)
+				}
+				_ = inside.Close()
+			}()
+			c := New(host)
+			defer func() { _ = c.Close() }()
+			_, err = c.Watch(t.Context(), nil)
+			if err == nil || len(err.Error()) > 2*maxText {
+				t.Errorf("watch gave %.200v", err)
+			}
+		})
+	}
+	s, ok := Status{State: Exited, Job: long, Tail: long, BusyAt: time.Unix(1<<60, 0)}.checked()
+	if !ok || len(s.Job) > maxText+3 || len(s.Tail) > maxTail+3 || !s.BusyAt.IsZero() {
+		t.Errorf("a long status is not bounded: job %d, tail %d, busy %v", len(s.Job), len(s.Tail), s.BusyAt)
+	}
+}
+
+// FuzzAgent: whatever a host sends, the agent neither panics nor hangs. It has had its
+// one runner, so that no input can start a program.
+func FuzzAgent(f *testing.F) {
+	for _, k := range []kind{kindHello, kindStart, kindWatch, kindCancel, kindError, 77} {
+		b, err := encodeFrame(k, 1, startBody{Name: "r", Argv: []string{"false"}, Input: []byte("x")})
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+		f.Add(append(bytes.Clone(b), b...))
+		f.Add(b[:len(b)-1])
+	}
+	f.Fuzz(func(t *testing.T, sent []byte) {
+		a := &agent{log: slog.New(slog.DiscardHandler), changed: make(chan struct{}), process: &process{},
+			status: Status{State: Exited, Name: "earlier"}}
+		host, inside := net.Pipe()
+		var wg sync.WaitGroup
+		wg.Go(func() { a.serveConn(t.Context(), inside) })
+		wg.Go(func() { _, _ = io.Copy(io.Discard, host) })
+		_, _ = host.Write(sent)
+		_ = host.Close()
+		wg.Wait()
+		if now, _ := a.now(); now.Name != "earlier" {
+			t.Errorf("the status became %+v", now)
+		}
+	})
+}
+
+// FuzzClient: whatever a guest sends, the client neither panics nor hangs, and what it
+// returns is within its bounds.
+func FuzzClient(f *testing.F) {
+	for _, s := range []any{Status{State: Exited, Tail: "x"}, Status{State: Running}, Hello{Protocol: 1, Status: Status{State: Idle}}, errorBody{Code: codeOccupied}} {
+		for _, k := range []kind{kindHelloAnswer, kindStatus, kindError, kindDone} {
+			b, err := encodeFrame(k, 1, s)
+			if err != nil {
+				f.Fatal(err)
+			}
+			f.Add(b)
+			f.Add(append(bytes.Clone(b), b...))
+		}
+	}
+	f.Fuzz(func(t *testing.T, sent []byte) {
+		host, inside := net.Pipe()
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			_, _ = readFrame(inside)
+			_, _ = inside.Write(sent)
+			_ = inside.Close()
+		})
+		c := New(host)
+		s, err := c.Watch(t.Context(), func(s Status) { checkBounds(t, s) })
+		if err == nil && s.State != Exited {
+			t.Errorf("watch returned %+v", s)
+		}
+		if err != nil && len(err.Error()) > 4*maxText {
+			t.Errorf("an error of %d bytes", len(err.Error()))
+		}
+		_ = c.Close()
+		wg.Wait()
+	})
+}
+
+func checkBounds(t *testing.T, s Status) {
+	t.Helper()
+	if len(s.Tail) > 3*maxTail || len(s.Job) > 3*maxText || len(s.Name) > 3*maxText {
+		t.Errorf("status out of bounds: tail %d, job %d, name %d bytes", len(s.Tail), len(s.Job), len(s.Name))
+	}
+	if _, err := json.Marshal(s); err != nil {
+		t.Errorf("a status that cannot be passed on: %v", err)
+	}
+}
+
+// FuzzFrame: what is read back is what was written, and nothing else is a frame.
+func FuzzFrame(f *testing.F) {
+	f.Add([]byte{0, 0, 0, 5, 1, 0, 0, 0, 1})
+	f.Add([]byte{0, 0, 0, 7, 2, 0, 0, 0, 9, '{', '}', 0})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		got, err := readFrame(bytes.NewReader(b))
+		if err != nil {
+			return
+		}
+		if size := 4 + headerSize + len(got.body); size > len(b) || size > maxFrame+4 {
+			t.Errorf("a frame of %d bytes from %d", size, len(b))
+		}
+	})
+}
+
+// FuzzOutput: no output panics the parser, and the tail is the end of it.
+func FuzzOutput(f *testing.F) {
+	f.Add([]byte("2026-01-02 03:04:05Z: Running job: build\n"), 7)
+	f.Add(bytes.Repeat([]byte("x"), 3*maxTail), 100)
+	f.Fuzz(func(t *testing.T, printed []byte, step int) {
+		jobs := 0
+		o := &output{busy: func(string) { jobs++ }}
+		for rest := printed; len(rest) > 0; {
+			n := min(len(rest), max(1, step))
+			if _, err := o.Write(rest[:n]); err != nil {
+				t.Fatal(err)
+			}
+			rest = rest[n:]
+		}
+		want := strings.ToValidUTF8(string(printed[max(0, len(printed)-maxTail):]), "\uFFFD")
+		if o.tail() != want || jobs > 1 || len(o.last) > 2*maxTail || len(o.line) > maxLine {
+			t.Errorf("tail %d bytes, want %d; %d jobs; holds %d and %d", len(o.tail()), len(want), jobs, len(o.last), len(o.line))
+		}
+	})
+}
