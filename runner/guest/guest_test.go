@@ -164,12 +164,12 @@ func TestStartThatFailsLeavesTheGuestIdle(t *testing.T) {
 
 func TestStateOutlivesConnections(t *testing.T) {
 	f := serve(t)
-	c := f.dial(t)
-	if err := c.Start(t.Context(), script("r1", `cat; echo "Running Job 'lint'"; read -r x < gate; exit 5`, "")); err != nil {
-		t.Fatal(err)
-	}
 	gate := filepath.Join(f.dir, "gate")
 	if err := syscall.Mkfifo(gate, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := f.dial(t)
+	if err := c.Start(t.Context(), script("r1", `cat; echo "Running Job 'lint'"; read -r x < gate; exit 5`, "")); err != nil {
 		t.Fatal(err)
 	}
 	busy := errors.New("seen")
