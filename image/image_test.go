@@ -1,0 +1,142 @@
+package image
+
+import (
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/paddock-ci/paddock/fleet"
+)
+
+const aDigest = "sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
+
+func TestParseReference(t *testing.T) {
+	for text, want := range map[string]struct{ host, tag, digest, full string }{
+		"ghcr.io/cirruslabs/macos-sonoma-base:latest": {"ghcr.io", "latest", "", "ghcr.io/cirruslabs/macos-sonoma-base:latest"},
+		"ghcr.io/cirruslabs/macos":                    {"ghcr.io", "latest", "", "ghcr.io/cirruslabs/macos:latest"},
+		"localhost:5000/base:v1":                      {"localhost:5000", "v1", "", "localhost:5000/base:v1"},
+		"localhost/base:v1":                           {"localhost", "v1", "", "localhost/base:v1"},
+		"127.0.0.1:5000/a/b/c@" + aDigest:             {"127.0.0.1:5000", "", aDigest, "127.0.0.1:5000/a/b/c@" + aDigest},
+		"registry.example:5000/a/b:tag.1@" + aDigest:  {"registry.example:5000", "tag.1", aDigest, "registry.example:5000/a/b:tag.1@" + aDigest},
+	} {
+		r, err := ParseReference(text)
+		if err != nil {
+			t.Errorf("%s: %v", text, err)
+			continue
+		}
+		if r.Host() != want.host || r.Tag() != want.tag || r.Digest() != fleet.Digest(want.digest) || r.String() != want.full {
+			t.Errorf("%s: host %s, tag %s, digest %s, full %s; want %+v", text, r.Host(), r.Tag(), r.Digest(), r, want)
+		}
+		again, err := ParseReference(r.String())
+		if err != nil || again != r {
+			t.Errorf("%s does not parse back: %v, %v", r, again, err)
+		}
+	}
+	for _, text := range []string{
+		"", "macos", "macos:latest", "cirruslabs/macos:latest", "ghcr.io/", "ghcr.io/../../etc:x", "ghcr.io/UPPER:x",
+		"ghcr.io/a:b:c", "ghcr.io/a@sha256:short", "ghcr.io/a@sha512:" + strings.Repeat("a", 128), "https://ghcr.io/a:b",
+		"user:secret@ghcr.io/a:b", "ghcr.io/a:" + strings.Repeat("x", 300), "ghcr.io/a b:c",
+	} {
+		if r, err := ParseReference(text); err == nil || !strings.Contains(err.Error(), "write host/repository:tag") {
+			t.Errorf("%q: got %v, %v; want an error with a hint", text, r, err)
+		}
+	}
+}
+
+func TestReferenceAt(t *testing.T) {
+	r, err := ParseReference("ghcr.io/a/b:tag")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Identifier() != "tag" || r.At(aDigest).Identifier() != aDigest || r.At(aDigest).String() != "ghcr.io/a/b@"+aDigest {
+		t.Errorf("identifiers %s, %s; at digest %s", r.Identifier(), r.At(aDigest).Identifier(), r.At(aDigest))
+	}
+}
+
+func TestLoopback(t *testing.T) {
+	for host, want := range map[string]bool{
+		"localhost": true, "localhost:5000": true, "127.0.0.1:1": true, "127.8.8.8": true, "[::1]:5000": true, "::1": true,
+		"localhost.example": false, "10.0.0.1:5000": false, "127.0.0.1.example:80": false, "example": false, "": false,
+	} {
+		if got := Loopback(host); got != want {
+			t.Errorf("Loopback(%q) = %v; want %v", host, got, want)
+		}
+	}
+}
+
+func TestZeroDigest(t *testing.T) {
+	for _, size := range []int64{0, 1, 4095, 65536, 65537, 1 << 20} {
+		sum := sha256.Sum256(make([]byte, size))
+		if got, err := ZeroDigest(size); err != nil || got != digest(sum[:]) {
+			t.Errorf("%d zeros: %s, %v; want %s", size, got, err, digest(sum[:]))
+		}
+	}
+	for _, size := range []int64{-1, 1<<30 + 1} {
+		if _, err := ZeroDigest(size); !errors.Is(err, ErrTooLarge) {
+			t.Errorf("%d zeros: %v; want %v", size, err, ErrTooLarge)
+		}
+	}
+}
+
+// The digest of the usual chunk is written down; here it is computed.
+func TestKnownZeroDigest(t *testing.T) {
+	hash, zeros := sha256.New(), make([]byte, 1<<20)
+	for range 512 {
+		hash.Write(zeros)
+	}
+	if got, err := ZeroDigest(512 << 20); err != nil || got != digest(hash.Sum(nil)) {
+		t.Errorf("%s, %v; want %s", got, err, digest(hash.Sum(nil)))
+	}
+}
+
+func TestIndexEntry(t *testing.T) {
+	index := func(entries ...string) []byte {
+		type entry struct {
+			Digest string `json:"digest"`
+		}
+		list := []entry{}
+		for _, e := range entries {
+			list = append(list, entry{e})
+		}
+		raw, err := json.Marshal(map[string]any{"schemaVersion": 2, "manifests": list})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return raw
+	}
+	if d, ok, err := IndexEntry(index(aDigest)); d != aDigest || !ok || err != nil {
+		t.Errorf("single entry: %s, %v, %v", d, ok, err)
+	}
+	if _, ok, err := IndexEntry(index(aDigest, aDigest)); !ok || !errors.Is(err, ErrIndex) || !strings.Contains(err.Error(), "2 entries") {
+		t.Errorf("two entries: %v, %v", ok, err)
+	}
+	if _, ok, err := IndexEntry(index()); !ok || !errors.Is(err, ErrIndex) {
+		t.Errorf("no entries: %v, %v", ok, err)
+	}
+	if _, ok, err := IndexEntry(index("sha256:../x")); !ok || !errors.Is(err, ErrMalformed) {
+		t.Errorf("path for a digest: %v, %v", ok, err)
+	}
+	if _, ok, err := IndexEntry([]byte(`{"schemaVersion":2,"layers":[]}`)); ok || err != nil {
+		t.Errorf("a manifest: %v, %v", ok, err)
+	}
+	if _, _, err := IndexEntry(make([]byte, MaxManifestBytes+1)); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("too big: %v", err)
+	}
+}
+
+func FuzzParseReference(f *testing.F) {
+	f.Add("ghcr.io/a/b:tag")
+	f.Add("localhost:5000/a@" + aDigest)
+	f.Add("[::1]:5000/a:b")
+	f.Fuzz(func(t *testing.T, text string) {
+		r, err := ParseReference(text)
+		if err != nil {
+			return
+		}
+		if again, err := ParseReference(r.String()); err != nil || again != r {
+			t.Fatalf("%q gives %q, which gives %v, %v", text, r, again, err)
+		}
+	})
+}

@@ -1,0 +1,121 @@
+package tart
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"maps"
+
+	"github.com/paddock-ci/paddock/image"
+)
+
+// Config is a VM config: what the guest is and what hardware it was made for. Keys that
+// are not known here are kept when it is written again.
+type Config struct {
+	Version int    `json:"version"`        // 1
+	OS      string `json:"os,omitempty"`   // darwin (default) or linux
+	Arch    string `json:"arch,omitempty"` // arm64 (default) or amd64
+
+	ECID          []byte `json:"ecid,omitempty"`          // machine identifier (darwin)
+	HardwareModel []byte `json:"hardwareModel,omitempty"` // darwin
+
+	CPUCountMin   int    `json:"cpuCountMin,omitempty"`
+	CPUCount      int    `json:"cpuCount,omitempty"`
+	MemorySizeMin int64  `json:"memorySizeMin,omitempty"` // bytes
+	MemorySize    int64  `json:"memorySize,omitempty"`    // bytes
+	MACAddress    string `json:"macAddress,omitempty"`    // of the VM it came from; never used twice
+
+	Display    *Display `json:"display,omitempty"`
+	DiskFormat string   `json:"diskFormat,omitempty"` // raw (default); asif is refused
+
+	unknown map[string]json.RawMessage
+}
+
+// Display is the size of the guest's screen.
+type Display struct {
+	Width  int    `json:"width"`
+	Height int    `json:"height"`
+	Unit   string `json:"unit,omitempty"` // px or pt
+}
+
+// knownKeys are the keys of Config's fields.
+var knownKeys = []string{
+	"version", "os", "arch", "ecid", "hardwareModel", "cpuCountMin", "cpuCount",
+	"memorySizeMin", "memorySize", "macAddress", "display", "diskFormat",
+}
+
+// ParseConfig reads a VM config and fills in the defaults. Errors are those of package
+// image; a disk in asif format is image.ErrASIF.
+func ParseConfig(raw []byte) (*Config, error) {
+	if len(raw) > image.MaxConfigBytes {
+		return nil, fmt.Errorf("VM config: %w: %d bytes, at most %d are read", image.ErrTooLarge, len(raw), image.MaxConfigBytes)
+	}
+	c := &Config{}
+	if err := json.Unmarshal(raw, c); err != nil {
+		return nil, fmt.Errorf("VM config: %w: %w", image.ErrMalformed, err)
+	}
+	if err := json.Unmarshal(raw, &c.unknown); err != nil {
+		return nil, fmt.Errorf("VM config: %w: %w", image.ErrMalformed, err)
+	}
+	for _, key := range knownKeys {
+		delete(c.unknown, key)
+	}
+	c.defaults()
+	return c, c.check()
+}
+
+func (c *Config) defaults() {
+	if c.OS == "" {
+		c.OS = "darwin"
+	}
+	if c.Arch == "" {
+		c.Arch = "arm64"
+	}
+	if c.DiskFormat == "" {
+		c.DiskFormat = "raw"
+	}
+}
+
+// check refuses what no machine could be made from.
+func (c *Config) check() error {
+	malformed := func(format string, args ...any) error {
+		return fmt.Errorf("VM config: %w: %s", image.ErrMalformed, fmt.Sprintf(format, args...))
+	}
+	switch {
+	case c.Version != 1:
+		return malformed("version %d, want 1", c.Version)
+	case c.OS != "darwin" && c.OS != "linux":
+		return malformed("os %.40q, want darwin or linux", c.OS)
+	case c.Arch != "arm64" && c.Arch != "amd64":
+		return malformed("arch %.40q, want arm64 or amd64", c.Arch)
+	case c.DiskFormat == "asif":
+		return fmt.Errorf("VM config: %w", image.ErrASIF)
+	case c.DiskFormat != "raw":
+		return malformed("diskFormat %.40q, want raw", c.DiskFormat)
+	case c.OS == "darwin" && (len(c.ECID) == 0 || len(c.HardwareModel) == 0):
+		return malformed("a darwin guest needs ecid and hardwareModel")
+	case c.CPUCount < 0 || c.CPUCountMin < 0:
+		return malformed("negative cpuCount")
+	case c.MemorySize < 0 || c.MemorySizeMin < 0:
+		return malformed("negative memorySize")
+	}
+	return nil
+}
+
+// MarshalJSON writes the known keys over the unknown ones.
+func (c *Config) MarshalJSON() ([]byte, error) {
+	type plain Config // without this method
+	known, err := json.Marshal((*plain)(c))
+	if err != nil {
+		return nil, err
+	}
+	all := maps.Clone(c.unknown)
+	if all == nil {
+		all = make(map[string]json.RawMessage)
+	}
+	// Into the same map: keys that occur in both are the known ones'.
+	if err := json.NewDecoder(bytes.NewReader(known)).Decode(&all); err != nil {
+		return nil, err
+	}
+	return json.Marshal(all)
+}
