@@ -1,6 +1,9 @@
 package fleet
 
-import "time"
+import (
+	"math"
+	"time"
+)
 
 // JobStatus is GitHub's word for where a job is in its life.
 type JobStatus string
@@ -61,6 +64,10 @@ type StatusRank struct {
 	// Gated statuses may follow each other in both directions while a deployment gate
 	// opens and closes; between two of them the later Gate wins, not the rank.
 	Gated bool `json:"gated"`
+	// Late says where news with an unknown Gate stands among gated statuses: after all
+	// known gates, else before them. An unknown "queued" is believed (at worst a VM waits
+	// for nothing), an unknown "waiting" is not (a job would wait for nothing).
+	Late bool `json:"late"`
 	// Final statuses are never left, and leave a tombstone.
 	Final bool `json:"final"`
 }
@@ -69,30 +76,42 @@ type StatusRank struct {
 // script both work: waiting < queued < in_progress < completed.
 var StatusRanks = map[JobStatus]StatusRank{
 	JobWaiting:    {Rank: 1, Gated: true},
-	JobQueued:     {Rank: 2, Gated: true},
+	JobQueued:     {Rank: 2, Gated: true, Late: true},
 	JobInProgress: {Rank: 3},
 	JobCompleted:  {Rank: 4, Final: true},
 }
 
 // MergeJob joins what is known of a job with news of it, in whatever order news
-// arrives and however often. The result is the same for every order, except that
-// equal ranks keep the older record. A runner name once set stays until news of a
-// higher rank names another.
+// arrives and however often. The winner is taken as a whole, with its Gate; news of
+// the same standing keeps the older record. So status and, among gated statuses, Gate
+// come out the same for every order. A runner name once set stays until news of a
+// higher rank names another; SeenAt and Feed stay those of the first news.
+//
+// Joined with itself, a job is brought into the form that the store keeps.
 func MergeJob(known, news Job) Job {
+	known, news = known.normal(), news.normal()
 	if !supersedes(known, news) {
 		if known.RunnerName == "" {
 			known.RunnerName = news.RunnerName
 		}
-		known.Gate = max(known.Gate, news.Gate)
 		return known
 	}
 	merged := news
 	if merged.RunnerName == "" {
 		merged.RunnerName = known.RunnerName
 	}
-	merged.Gate = max(known.Gate, news.Gate)
 	merged.SeenAt, merged.Feed = known.SeenAt, known.Feed
 	return merged
+}
+
+// normal drops what cannot be: a time before 1970, and the runner of a job that no
+// runner has taken.
+func (j Job) normal() Job {
+	j.Gate = max(j.Gate, 0)
+	if StatusRanks[j.Status].Gated {
+		j.RunnerName = ""
+	}
+	return j
 }
 
 // supersedes reports whether news moves the job.
@@ -101,8 +120,18 @@ func supersedes(known, news Job) bool {
 	if from.Final {
 		return false
 	}
-	if from.Gated && to.Gated && known.Gate != 0 && news.Gate != 0 && known.Gate != news.Gate {
-		return news.Gate > known.Gate
+	if from.Gated && to.Gated {
+		if a, b := standing(known, from), standing(news, to); a != b {
+			return b > a
+		}
 	}
 	return to.Rank > from.Rank
+}
+
+// standing is the gate that a job counts with among gated statuses.
+func standing(j Job, r StatusRank) int64 {
+	if j.Gate == 0 && r.Late {
+		return math.MaxInt64
+	}
+	return j.Gate
 }
