@@ -1,0 +1,173 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"slices"
+
+	"github.com/paddock-ci/paddock/api"
+	"github.com/paddock-ci/paddock/fleet"
+)
+
+// apply does what is new in a reply. What a reply does not name goes on as it was.
+func (a *Agent) apply(ctx, lives context.Context, r api.SyncReply) {
+	a.forget(r.Applied)
+	a.mu.Lock()
+	a.will = r
+	a.mu.Unlock()
+
+	a.pulls.want(r.Hold)
+	a.run(lives)
+	a.destroy(r.Destroy)
+	a.start(r.Start)
+	a.evict(ctx, r)
+	if r.Credential != "" && a.c.Renewed != nil {
+		if err := a.c.Renewed(r.Credential); err != nil {
+			a.log.Error("the renewed credential could not be kept; the old one serves until it ends", "error", err)
+		}
+	}
+}
+
+// forget takes VMs out of the journal whose end the controller has applied.
+func (a *Agent) forget(applied int64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for id, l := range a.vms {
+		if l.told == 0 || l.told > applied {
+			continue
+		}
+		if err := a.journal.remove(id); err != nil {
+			a.log.Error("a finished VM stays in the journal", "vm", id, "error", err)
+			continue // and is told again
+		}
+		delete(a.vms, id)
+		a.past[id] = struct{}{}
+	}
+}
+
+// run begins the lives of ordered VMs as far as there are slots. Orders beyond wait in
+// the will of the last reply for a slot. A VM that the same reply destroys is begun as
+// well: it ends at once, and the controller hears of it.
+func (a *Agent) run(lives context.Context) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	used := 0
+	for _, l := range a.vms {
+		if l.record.Report.State != fleet.VMDone {
+			used++
+		}
+	}
+	for _, order := range a.will.Run {
+		if _, known := a.vms[order.ID]; known {
+			continue
+		}
+		if _, over := a.past[order.ID]; over {
+			continue
+		}
+		if !vmIDPattern.MatchString(string(order.ID)) {
+			a.log.Error("an order for a VM whose id cannot be one", "vm", order.ID)
+			continue
+		}
+		if used >= a.c.Slots {
+			a.log.Warn("a VM waits: every slot of this node is taken", "vm", order.ID, "pool", order.Pool, "slots", a.c.Slots)
+			continue
+		}
+		if a.isStopping() {
+			return
+		}
+		used++
+		a.begin(lives, newLife(record{Report: api.VMReport{ID: order.ID, Order: order, State: fleet.VMBooting}}))
+	}
+}
+
+// begin starts the goroutine of one VM; a.mu is held.
+func (a *Agent) begin(lives context.Context, l *life) {
+	ctx, end := context.WithCancelCause(lives)
+	l.end = end
+	a.vms[l.order.ID] = l
+	if l.record.End != nil {
+		end(l.record.End) // it was ending before a crash: nothing but the teardown is left
+	}
+	a.lives.Go(func() {
+		defer end(nil)
+		a.live(ctx, l)
+		a.run(lives) // its slot may be another's now
+	})
+}
+
+func (a *Agent) isStopping() bool {
+	select {
+	case <-a.stopping:
+		return true
+	default:
+		return false
+	}
+}
+
+// destroy ends the VMs that are named. One that we do not know is not ours to touch.
+func (a *Agent) destroy(orders []api.DestroyOrder) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, o := range orders {
+		if l, ours := a.vms[o.VM]; ours {
+			l.end(&ending{Reason: "destroyed: " + o.Reason})
+		}
+	}
+}
+
+// start hands runners to warm VMs, each once. The JIT config goes to the VM's goroutine
+// and nowhere else.
+func (a *Agent) start(orders []api.RunnerOrder) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, o := range orders {
+		l, ours := a.vms[o.VM]
+		if !ours || l.handed == o.Runner.Name {
+			continue
+		}
+		if l.handed != "" {
+			a.log.Warn("a second runner for a VM is not started", "vm", o.VM, "runner", o.Runner.Name, "first", l.handed)
+			continue
+		}
+		l.handed = o.Runner.Name
+		l.start <- o // has room for the one that is handed
+	}
+}
+
+// evict removes images that may go, unless the same reply asks to hold them. Removing
+// takes as long as the file system likes, so it does not hold up the next sync.
+func (a *Agent) evict(ctx context.Context, r api.SyncReply) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, d := range r.Evict {
+		held := slices.ContainsFunc(r.Hold, func(h fleet.Hold) bool { return h.Digest == d })
+		if held || a.evicting[d] || ctx.Err() != nil {
+			continue
+		}
+		a.evicting[d] = true
+		a.short.Go(func() {
+			err := a.c.Images.Evict(d)
+			if err != nil {
+				a.log.Warn("image not evicted", "image", d.Short(), "error", err)
+			}
+			a.mu.Lock()
+			delete(a.evicting, d)
+			a.mu.Unlock()
+			if err == nil {
+				a.tell()
+			}
+		})
+	}
+}
+
+// errKept ends the goroutine of a VM that outlives the agent.
+var errKept = errors.New("the VM goes on without the agent")
+
+// ending is why a VM's life ends, in words for people.
+type ending struct {
+	Reason string `json:"reason"`
+	// Failed: this node could not boot or serve it.
+	Failed bool `json:"failed,omitempty"`
+}
+
+func (e *ending) Error() string { return e.Reason }

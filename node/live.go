@@ -1,0 +1,314 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/paddock-ci/paddock/api"
+	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/runner/guest"
+	"github.com/paddock-ci/paddock/vm"
+)
+
+// life is one VM of this node. record, begun, handed and told are guarded by Agent.mu;
+// what stands before them is set once; what stands after belongs to the goroutine of
+// live.
+type life struct {
+	order   api.VMOrder
+	resumed bool                    // read from the journal: an agent before this one began it
+	end     context.CancelCauseFunc // ends it with an *ending, or with errKept
+	start   chan api.RunnerOrder    // the runner to start, at most one ever
+
+	record record
+	begun  bool   // the journal knows it
+	handed string // the runner's name that went into start
+	told   int64  // the sequence in which it was first reported done
+
+	machine  vm.Machine
+	watching sync.WaitGroup // the goroutine that waits for the machine's end
+	guest    *guest.Client  // nil: not connected
+	status   guest.Status   // the guest's word when it was last dialled
+	release  func() error   // of the image's lease
+	kept     bool           // it outlives the agent: no teardown
+	stuck    bool           // a step of the teardown did not succeed: none after it may run
+}
+
+func newLife(r record) *life {
+	return &life{order: r.Report.Order, record: r, start: make(chan api.RunnerOrder, 1)}
+}
+
+// live lives one VM, from the lease of its image to its end. Its defers are the
+// teardown, and run last to first. Every step may have been done by an agent that
+// crashed, and every step of the teardown may find nothing to do: so the same lines
+// serve a new VM, one from the journal, and one that was ending when the agent died.
+func (a *Agent) live(ctx context.Context, l *life) {
+	var err error
+	defer a.settle(l)
+	defer a.undo(ctx, l, "release the image", a.unlease)
+	defer a.undo(ctx, l, "remove the clone", a.unclone)
+	defer a.undo(ctx, l, "destroy the machine", a.unboot)
+	defer func() { a.conclude(ctx, l, err) }()
+
+	if err = a.open(l); err != nil {
+		return
+	}
+	ctx, over := a.lifetime(ctx, l)
+	defer over()
+	boot, up := a.boottime(ctx, l)
+	defer up()
+	if err = because(boot, a.lease(boot, l)); err != nil {
+		return
+	}
+	if err = because(boot, a.boot(boot, l)); err != nil {
+		return
+	}
+	a.watchMachine(ctx, l)
+	if err = because(boot, a.greet(boot, l)); err != nil {
+		return
+	}
+	up()
+	if err = a.register(ctx, l); err != nil {
+		return
+	}
+	err = a.watch(ctx, l)
+}
+
+// lifetime ends a VM at its maximum lifetime, counted by this node's clock from when
+// it took the order, even if it is busy.
+func (a *Agent) lifetime(ctx context.Context, l *life) (context.Context, context.CancelFunc) {
+	d := l.order.Deadlines.WithDefaults().Life
+	left := a.recordOf(l).Report.BootingAt.Add(d).Sub(a.c.Now())
+	return context.WithTimeoutCause(ctx, left, &ending{Reason: fmt.Sprintf("its maximum lifetime of %v is over", d)})
+}
+
+// boottime bounds the way to a guest that answers. One that had answered an agent
+// before this one gets the time anew; one with a runner is not ended by silence, for
+// its job may well go on.
+func (a *Agent) boottime(ctx context.Context, l *life) (context.Context, context.CancelFunc) {
+	r, d := a.recordOf(l).Report, l.order.Deadlines.WithDefaults().Boot
+	left := d
+	switch {
+	case r.Runner != nil:
+		return context.WithCancel(ctx)
+	case r.State == fleet.VMBooting:
+		left = r.BootingAt.Add(d).Sub(a.c.Now())
+	}
+	return context.WithTimeoutCause(ctx, left, &ending{Reason: fmt.Sprintf("its guest did not answer within %v", d), Failed: true})
+}
+
+// because gives the cause for which ctx ended instead of the error that followed it.
+func because(ctx context.Context, err error) error {
+	if err != nil && ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+// open writes a new VM into the journal, before anything of it exists.
+func (a *Agent) open(l *life) error {
+	if l.resumed {
+		return nil
+	}
+	err := a.update(l, func(r *record) { r.Report.BootingAt = a.c.Now() })
+	if err != nil {
+		return err
+	}
+	if b := l.order.Bootstrap; b != "" && b != fleet.BootstrapAgent {
+		return fmt.Errorf("bootstrap %q is not available in this version: use %q, with an image that carries Paddock's guest agent", b, fleet.BootstrapAgent)
+	}
+	return nil
+}
+
+// lease pins the image, so that no eviction races the clone.
+func (a *Agent) lease(ctx context.Context, l *life) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	release, err := a.c.Images.Lease(l.order.Image, string(l.order.ID))
+	switch {
+	case err == nil:
+		l.release = release
+	case l.resumed: // its machine may well run: the clone does not need the image
+		a.log.Warn("image of a VM from the journal is not leased again", "vm", l.order.ID, "image", l.order.Image.Short(), "error", err)
+	default:
+		return fmt.Errorf("image %s is not ready on this node: %w", l.order.Image.Short(), err)
+	}
+	return nil
+}
+
+// boot finds the machine that an agent before this one booted, or makes a clone and
+// boots it. A VM whose machine is gone is booted again only if it never answered: a
+// disk that was used is not used twice.
+func (a *Agent) boot(ctx context.Context, l *life) error {
+	if l.resumed {
+		m, err := a.c.Machines.Adopt(ctx, l.order.ID)
+		switch {
+		case err == nil:
+			l.machine = m
+			return nil
+		case !errors.Is(err, vm.ErrUnknown):
+			return fmt.Errorf("adopting its machine: %w", err)
+		case stage(a.recordOf(l).Report.State) > stage(fleet.VMBooting):
+			return &ending{Reason: "the VM did not survive the restart of its node's agent: its machine is gone", Failed: true}
+		}
+	}
+	dir := a.cloneDir(l.order.ID)
+	if err := os.RemoveAll(dir); err != nil { // what a crash left of a clone
+		return fmt.Errorf("making room for the clone: %w", err)
+	}
+	if err := a.c.Images.Clone(ctx, l.order.Image, dir, l.order.Disk); err != nil {
+		return fmt.Errorf("cloning image %s: %w", l.order.Image.Short(), err)
+	}
+	m, err := a.c.Machines.Boot(ctx, vm.Spec{
+		ID: l.order.ID, Dir: dir, CPU: l.order.CPU, Memory: l.order.Memory, Mounts: l.order.Mounts,
+	})
+	if err != nil {
+		return fmt.Errorf("booting: %w", err)
+	}
+	l.machine = m
+	return nil
+}
+
+func (a *Agent) cloneDir(id fleet.VMID) string { return filepath.Join(a.clones(), string(id)) }
+
+// watchMachine ends the VM's life when its machine ends by itself.
+func (a *Agent) watchMachine(ctx context.Context, l *life) {
+	l.watching.Go(func() {
+		for n := 1; ctx.Err() == nil; n++ {
+			exit, err := l.machine.Wait(ctx)
+			if err == nil {
+				l.end(machineEnded(exit))
+				return
+			}
+			pause(ctx, backoff(n, dialPause, dialMost))
+		}
+	})
+}
+
+func machineEnded(exit vm.Exit) *ending {
+	return &ending{Reason: "the machine ended: " + exit.Reason, Failed: true}
+}
+
+// greet waits until the guest answers: the VM is warm.
+func (a *Agent) greet(ctx context.Context, l *life) error {
+	if err := a.reach(ctx, l); err != nil {
+		return err
+	}
+	if stage(a.recordOf(l).Report.State) < stage(fleet.VMWarm) {
+		a.note(l, func(r *record) { r.Report.State, r.Report.WarmAt = fleet.VMWarm, a.c.Now() })
+	}
+	return nil
+}
+
+// register starts the runner that the controller hands over, whenever that is; there is
+// no deadline here, since a warm VM without a job is the leader's to retire. A runner
+// that an agent before this one started is found again by its name.
+func (a *Agent) register(ctx context.Context, l *life) error {
+	r := a.recordOf(l)
+	switch {
+	case r.Report.Runner != nil:
+		return l.hasRunner(r.Report.Runner.Name)
+	case r.Starting != nil && r.Starting.Name == l.status.Name:
+		a.registered(l, r.Starting)
+		return nil
+	case l.status.State != guest.Idle:
+		return fmt.Errorf("the guest has a runner %q that this node did not start", l.status.Name)
+	}
+	var order api.RunnerOrder
+	select {
+	case order = <-l.start:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	runner := order.Runner
+	a.note(l, func(r *record) { r.Starting = &runner })
+	if err := a.startRunner(ctx, l, order); err != nil {
+		return err
+	}
+	a.registered(l, &runner)
+	return nil
+}
+
+// defaultRunner is the command of a runner when the pool names none: the script of
+// GitHub's runner in the guest agent's directory.
+var defaultRunner = []string{"./run.sh"}
+
+// startTries bounds how often a runner is started over a new connection.
+const startTries = 5
+
+// startRunner hands the JIT config over. It goes by the guest's standard input and is
+// kept nowhere; a start that was already taken is a success.
+func (a *Agent) startRunner(ctx context.Context, l *life, order api.RunnerOrder) error {
+	run := guest.Run{Name: order.Runner.Name, Argv: l.order.Runner, Env: l.order.Env, Input: []byte(order.JIT)}
+	if len(run.Argv) == 0 {
+		run.Argv = defaultRunner
+	}
+	for n := 1; ; n++ {
+		err := l.guest.Start(ctx, run)
+		if err == nil || ctx.Err() != nil || n == startTries || !errors.Is(err, guest.ErrLost) {
+			return err
+		}
+		if err := a.reach(ctx, l); err != nil {
+			return err
+		}
+	}
+}
+
+// registered says that the guest has the runner.
+func (a *Agent) registered(l *life, r *api.RunnerReport) {
+	a.note(l, func(rec *record) {
+		rec.Report.State, rec.Report.RegisteredAt = fleet.VMRegistered, a.c.Now()
+		rec.Report.Runner, rec.Starting = r, nil
+	})
+}
+
+// watch follows the runner to its end, which is how a good life ends. A connection that
+// breaks is made again; only the machine's end ends the VM.
+func (a *Agent) watch(ctx context.Context, l *life) error {
+	for n := 1; ; n++ {
+		last, err := l.guest.Watch(ctx, func(s guest.Status) {
+			if s.State == guest.Busy || !s.BusyAt.IsZero() {
+				a.busy(l)
+			}
+		})
+		if err == nil {
+			return exited(last)
+		}
+		pause(ctx, backoff(n, dialPause, dialMost))
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if err := a.reach(ctx, l); err != nil {
+			return err
+		}
+		if err := l.hasRunner(l.status.Name); err != nil {
+			return err
+		}
+	}
+}
+
+// busy notes the runner's word that it has a job, once.
+func (a *Agent) busy(l *life) {
+	if a.recordOf(l).Report.State == fleet.VMRegistered {
+		a.note(l, func(r *record) { r.Report.State, r.Report.BusyAt = fleet.VMBusy, a.c.Now() })
+	}
+}
+
+// maxTail bounds the runner's last output in a reason, in bytes.
+const maxTail = 300
+
+// exited is the ending of a VM whose runner has ended. Without a job and with an error
+// the node has not served; then the end of its output says why. A job's own output is
+// never repeated.
+func exited(s guest.Status) *ending {
+	e := &ending{Reason: fmt.Sprintf("runner exited %d", s.ExitCode)}
+	if s.ExitCode != 0 && s.BusyAt.IsZero() {
+		e.Failed = true
+		e.Reason += fmt.Sprintf(" before it had a job: %q", s.Tail[max(0, len(s.Tail)-maxTail):])
+	}
+	return e
+}

@@ -1,0 +1,226 @@
+// Package node is the agent on each Mac: it holds images and lives each virtual
+// machine from its clone to its teardown, as the controller orders and its own
+// deadlines say.
+//
+// It decides neither which job runs where nor which image belongs here (placement,
+// in the controller), knows nothing of GitHub, and opens no port: it dials out by one
+// call, sync. It does not move bytes of images (cache) nor boot machines by itself
+// (vm/helper); cmd builds it from those and calls Run. This is what Run does:
+//
+//  1. It takes the lock of its directory, so that two agents never share a journal.
+//  2. It reads the journal, and each VM in it that was not done is lived on by live.
+//  3. It removes clones and leases that no journal entry speaks for, and leaves
+//     machines alone that none speaks for.
+//  4. It syncs: the whole inventory goes out, a reply comes back and is applied. News
+//     ends a parked call early; an error is tried again and stops no VM.
+//  5. It pulls what the last reply asked to hold, demand first.
+//  6. When it is stopped it ends every VM, or leaves them for the next start (Keep).
+package node
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"time"
+
+	"github.com/paddock-ci/paddock/api"
+	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/vm"
+)
+
+// Machines is what the agent needs of a driver: machines that outlive the agent.
+// *helper.Driver is one.
+type Machines interface {
+	vm.Driver
+	// Adopt finds a machine that an agent before this one booted. It fails with
+	// vm.ErrUnknown if there is none; an ended one is a Machine whose Wait returns.
+	Adopt(ctx context.Context, id fleet.VMID) (vm.Machine, error)
+	// List names the machines of which something is left here.
+	List() ([]fleet.VMID, error)
+}
+
+// Images is what the agent needs of the image store. *cache.Store is one.
+type Images interface {
+	// Pull returns when the image is ready here, or with an error. Concurrent calls for
+	// one digest share the work.
+	Pull(ctx context.Context, h fleet.Hold) error
+	// Lease pins a ready image. The same holder's lease is the same lease, also after a
+	// restart; release is idempotent.
+	Lease(d fleet.Digest, holder string) (release func() error, err error)
+	// Clone makes dir, which must not exist yet, from a leased image; with grow > 0 the
+	// disk is enlarged to that many bytes.
+	Clone(ctx context.Context, d fleet.Digest, dir string, grow int64) error
+	// List is every image here, also those being pulled and those that failed.
+	List() []fleet.NodeImage
+	// Evict removes an image; it refuses a leased one.
+	Evict(d fleet.Digest) error
+}
+
+// Sweeper is an Images that can drop the leases of holders that are no more.
+type Sweeper interface {
+	Sweep(holders []string) error
+}
+
+// Changer is an Images that says when its list has changed: the channel is closed then.
+type Changer interface {
+	Changed() <-chan struct{}
+}
+
+// Config is what an Agent is made of.
+type Config struct {
+	ID      fleet.NodeID      // required: the name the node joined under
+	Tags    map[string]string // none: no selector by tag picks this node
+	Slots   int               // VMs at once; 0: 2, what macOS allows a Mac
+	CPU     int               // cores offered; 0: those of this host
+	Memory  int64             // bytes offered; 0: not said
+	Dir     string            // required: holds journal and clones, on the file system of the images
+	Driver  string            // the driver's name, for people and selectors; may be empty
+	Version string            // of this program; may be empty
+
+	Machines Machines // required
+	Images   Images   // required
+	// Sync makes one exchange with the controller; required. *api.Client's Sync.
+	Sync func(ctx context.Context, r api.SyncRequest) (api.SyncReply, error)
+	// Renewed is given a renewed credential to keep; nil: it is dropped.
+	Renewed func(credential string) error
+
+	// Keep leaves VMs running when the agent is stopped, for its next start to adopt;
+	// false: they are destroyed.
+	Keep bool
+
+	Rate func() int64          // measured bytes per second of pulls; nil: not measured
+	Free func() (int64, error) // bytes the images' file system has left; nil: not said
+	Wait time.Duration         // how long a sync may be parked; 0: 20 s, the most a controller parks
+	Now  func() time.Time      // nil: time.Now
+	Log  *slog.Logger          // nil: nothing is logged
+}
+
+// Agent is the agent of one node.
+type Agent struct {
+	c       Config
+	log     *slog.Logger
+	journal *journal
+	pulls   *puller
+	session string
+	news    chan struct{} // holds one value while something waits to be reported
+
+	stopping chan struct{}  // closed when Run is asked to end
+	lives    sync.WaitGroup // one per VM that is lived
+	short    sync.WaitGroup // evictions under way
+
+	mu       sync.Mutex
+	vms      map[fleet.VMID]*life    // lived ones and those whose end nobody acknowledged
+	past     map[fleet.VMID]struct{} // acknowledged as done: never lived again
+	will     api.SyncReply           // the last reply
+	sequence int64
+	evicting map[fleet.Digest]bool
+	free     int64 // the last good answer of Free
+}
+
+// New checks the configuration and makes the agent's directories; nothing runs yet.
+func New(c Config) (*Agent, error) {
+	if err := fleet.CheckName("node", string(c.ID)); err != nil {
+		return nil, err
+	}
+	switch {
+	case c.Dir == "":
+		return nil, errors.New("node: no directory: set Dir to one on the images' file system")
+	case c.Machines == nil || c.Images == nil || c.Sync == nil:
+		return nil, errors.New("node: Machines, Images and Sync are all needed")
+	case c.Slots < 0:
+		return nil, fmt.Errorf("node: %d slots: use 1 or 2 on a Mac", c.Slots)
+	}
+	c = withDefaults(c)
+	a := &Agent{
+		c:        c,
+		log:      c.Log.With("node", c.ID),
+		session:  rand.Text(),
+		news:     make(chan struct{}, 1),
+		stopping: make(chan struct{}),
+		vms:      map[fleet.VMID]*life{},
+		past:     map[fleet.VMID]struct{}{},
+		evicting: map[fleet.Digest]bool{},
+	}
+	if err := os.MkdirAll(a.clones(), 0o700); err != nil {
+		return nil, fmt.Errorf("making the clones' directory: %w", err)
+	}
+	var err error
+	if a.journal, err = openJournal(filepath.Join(c.Dir, "journal"), c.ID); err != nil {
+		return nil, err
+	}
+	a.pulls = newPuller(c.Images, c.Now, a.tell, a.log)
+	return a, nil
+}
+
+func withDefaults(c Config) Config {
+	if c.Slots == 0 {
+		c.Slots = 2
+	}
+	if c.CPU == 0 {
+		c.CPU = runtime.NumCPU()
+	}
+	if c.Wait == 0 {
+		c.Wait = 20 * time.Second
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return c
+}
+
+// Run runs the agent until ctx ends, once. It returns an error only if it cannot
+// begin: another agent has the directory, or the journal cannot be read.
+func (a *Agent) Run(ctx context.Context) error {
+	unlock, err := lock(filepath.Join(a.c.Dir, "lock"))
+	if err != nil {
+		return err
+	}
+	defer unlock()
+
+	// The VMs' context ends with a cause of ours, which says whether they are kept.
+	lives, end := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer end(nil)
+	if err := a.resume(lives); err != nil {
+		return err
+	}
+
+	var parts sync.WaitGroup
+	parts.Go(func() { a.pulls.run(ctx) })
+	parts.Go(func() { a.watchImages(ctx) })
+	parts.Go(func() { a.sync(ctx, lives) })
+	<-ctx.Done()
+	parts.Wait()
+
+	close(a.stopping)
+	if a.c.Keep {
+		end(errKept)
+	} else {
+		end(&ending{Reason: "the node's agent was stopped"})
+	}
+	a.lives.Wait()
+	a.short.Wait()
+	if !a.c.Keep {
+		a.farewell(ctx)
+	}
+	return nil
+}
+
+// clones is the directory that holds one clone per VM.
+func (a *Agent) clones() string { return filepath.Join(a.c.Dir, "clones") }
+
+// tell says that there is something to report, and never blocks.
+func (a *Agent) tell() {
+	select {
+	case a.news <- struct{}{}:
+	default:
+	}
+}

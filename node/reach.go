@@ -1,0 +1,78 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/paddock-ci/paddock/runner/guest"
+	"github.com/paddock-ci/paddock/vm"
+)
+
+// Durations of reaching a guest.
+const (
+	// helloTime bounds one try: a dial may hang where the guest's end is gone.
+	helloTime = 10 * time.Second
+	// dialPause and dialMost bound the pause between tries; the first is short, since a
+	// warm-up counts in the start delay.
+	dialPause = 50 * time.Millisecond
+	dialMost  = 2 * time.Second
+)
+
+// reach dials the guest until it answers, and leaves the connection in l.guest and its
+// word in l.status. It fails only if the machine has ended or ctx ends.
+func (a *Agent) reach(ctx context.Context, l *life) error {
+	for n := 1; ; n++ {
+		err := l.hello(ctx)
+		switch {
+		case err == nil:
+			return nil
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case errors.Is(err, vm.ErrEnded):
+			exit, err := l.machine.Wait(ctx)
+			if err != nil {
+				return fmt.Errorf("asking how the machine ended: %w", err)
+			}
+			return machineEnded(exit)
+		}
+		a.log.Debug("guest does not answer yet", "vm", l.order.ID, "tries", n, "error", err)
+		pause(ctx, backoff(n, dialPause, dialMost))
+	}
+}
+
+// hello makes one connection and asks for the guest's status.
+func (l *life) hello(ctx context.Context) error {
+	l.hangUp()
+	ctx, cancel := context.WithTimeout(ctx, helloTime)
+	defer cancel()
+	conn, err := l.machine.Dial(ctx)
+	if err != nil {
+		return fmt.Errorf("dialling the guest: %w", err)
+	}
+	client := guest.New(conn)
+	hello, err := client.Hello(ctx)
+	if err != nil {
+		_ = client.Close()
+		return err
+	}
+	l.guest, l.status = client, hello.Status
+	return nil
+}
+
+// hangUp closes the connection, if there is one; the guest does not mind.
+func (l *life) hangUp() {
+	if l.guest != nil {
+		_ = l.guest.Close()
+		l.guest = nil
+	}
+}
+
+// hasRunner reports an error if the guest no longer has the runner that was started.
+func (l *life) hasRunner(name string) error {
+	if l.status.State == guest.Idle || l.status.Name != name {
+		return &ending{Reason: "the runner did not survive: its guest was started anew", Failed: true}
+	}
+	return nil
+}

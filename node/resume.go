@@ -1,0 +1,95 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/paddock-ci/paddock/fleet"
+)
+
+// resume goes on with the VMs of the journal, whatever state the agent before this one
+// left them in, and cleans up what nothing speaks for.
+func (a *Agent) resume(lives context.Context) error {
+	records, problems, err := a.journal.load()
+	if err != nil {
+		return err
+	}
+	for _, p := range problems {
+		a.log.Error("a journal file is no record of this node and was moved aside", "error", p)
+	}
+	ours := map[fleet.VMID]bool{}
+	var holders []string
+	for _, r := range records {
+		ours[r.Report.ID] = true
+		if r.Report.State != fleet.VMDone {
+			holders = append(holders, string(r.Report.ID))
+		}
+	}
+	strangers, err := a.strangers(ours)
+	if err != nil {
+		return err
+	}
+	if err := a.sweepClones(ours, strangers); err != nil {
+		return err
+	}
+	if s, ok := a.c.Images.(Sweeper); ok {
+		if err := s.Sweep(holders); err != nil {
+			return fmt.Errorf("releasing images that nothing holds any more: %w", err)
+		}
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, r := range records {
+		l := newLife(r)
+		l.resumed, l.begun = true, true
+		if r.Report.Runner != nil {
+			l.handed = r.Report.Runner.Name
+		}
+		if r.Report.State == fleet.VMDone {
+			a.vms[r.Report.ID] = l // until the controller has applied it
+			continue
+		}
+		a.log.Info("a VM from the journal goes on", "vm", r.Report.ID, "state", r.Report.State)
+		a.begin(lives, l)
+	}
+	return nil
+}
+
+// strangers are machines that run here and that no journal entry speaks for. They may
+// have a job: an absence does not end a VM, so they are left alone and named.
+func (a *Agent) strangers(ours map[fleet.VMID]bool) (map[fleet.VMID]bool, error) {
+	ids, err := a.c.Machines.List()
+	if err != nil {
+		return nil, fmt.Errorf("listing the machines that run here: %w", err)
+	}
+	found := map[fleet.VMID]bool{}
+	for _, id := range ids {
+		if ours[id] {
+			continue
+		}
+		found[id] = true
+		a.log.Error("a machine that the journal does not know is left alone; if nobody misses it, end its helper process", "vm", id)
+	}
+	return found, nil
+}
+
+// sweepClones removes clones whose VM was acknowledged as done or never began.
+func (a *Agent) sweepClones(ours, strangers map[fleet.VMID]bool) error {
+	entries, err := os.ReadDir(a.clones())
+	if err != nil {
+		return fmt.Errorf("reading the clones' directory: %w", err)
+	}
+	for _, e := range entries {
+		id := fleet.VMID(e.Name())
+		if ours[id] || strangers[id] {
+			continue
+		}
+		a.log.Warn("a clone that no VM has is removed", "vm", id)
+		if err := os.RemoveAll(filepath.Join(a.clones(), e.Name())); err != nil {
+			return fmt.Errorf("removing a clone that no VM has: %w", err)
+		}
+	}
+	return nil
+}
