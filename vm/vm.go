@@ -96,3 +96,10 @@ type Saver interface {
 type Addresser interface {
 	Address(ctx context.Context) (string, error)
 }
+
+// Reaper is a driver that can end what a process of its own left of a machine when it
+// was killed: the machine itself where it runs on, sockets, locks. Nothing left is a
+// success; spec.Dir stays.
+type Reaper interface {
+	Reap(ctx context.Context, spec Spec) error
+}

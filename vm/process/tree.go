@@ -1,0 +1,130 @@
+package process
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// markEnv marks the processes of a machine by its directory, in the environment that
+// they inherit: the last means to find what has left both tree and session.
+const markEnv = "PADDOCK_MACHINE"
+
+// killLimit bounds the killing of one machine: beyond it something hangs in the kernel.
+const killLimit = 15 * time.Second
+
+// proc is one process of the host.
+type proc struct {
+	pid, parent, session int
+	zombie               bool
+	marked               bool
+}
+
+// tree is the processes of one machine.
+type tree struct {
+	root int    // the guest's pid and session; 0: not known, go by the mark alone
+	mark string // NAME=value in the environment
+	seen map[int]bool
+}
+
+// members picks the machine's processes out of all: the root, its session, the marked,
+// and whatever descends from one of these. Neither we nor init are ever among them; we
+// may be the root, and then all below us are.
+func members(all []proc, root, self int) map[int]proc {
+	children := map[int][]proc{}
+	found := map[int]proc{}
+	var open []int // pids whose children are still to be looked at
+	add := func(p proc) {
+		if _, known := found[p.pid]; !known && p.pid > 1 && p.pid != self {
+			found[p.pid] = p
+			open = append(open, p.pid)
+		}
+	}
+	if root > 1 { // 0 is the parent and session of the kernel's own
+		open = append(open, root)
+	}
+	for _, p := range all {
+		children[p.parent] = append(children[p.parent], p)
+		if p.marked || root > 1 && (p.pid == root || p.session == root) {
+			add(p)
+		}
+	}
+	for len(open) > 0 {
+		pid := open[len(open)-1]
+		open = open[:len(open)-1]
+		for _, child := range children[pid] {
+			add(child)
+		}
+	}
+	return found
+}
+
+// endBelow kills everything but the root, as far as it can be seen without the mark.
+func (t *tree) endBelow(ctx context.Context) {
+	limit, cancel := context.WithTimeout(ctx, killLimit)
+	defer cancel()
+	_ = t.killAll(limit, false, t.root) // what is left over is left to end, which says so
+}
+
+// end kills everything that is found, also by the mark, and reaps what is ours to reap.
+// The root must have been waited for by its parent. It is bounded by killLimit.
+func (t *tree) end(ctx context.Context) error {
+	limit, cancel := context.WithTimeout(ctx, killLimit)
+	defer cancel()
+	err := t.killAll(limit, true, 0)
+	for pid := range t.seen {
+		if pid != t.root { // os/exec waits for that one
+			reap(pid)
+		}
+	}
+	return err
+}
+
+// killAll kills and looks again until nothing but spare lives. A process that forks
+// while it is looked at is found in the next round.
+func (t *tree) killAll(ctx context.Context, byMark bool, spare int) error {
+	mark := ""
+	if byMark {
+		mark = t.mark
+	}
+	if t.seen == nil {
+		t.seen = map[int]bool{}
+	}
+	for pause := time.Millisecond; ; pause = min(2*pause, 20*time.Millisecond) {
+		all, err := processes(mark)
+		if err != nil {
+			return fmt.Errorf("listing processes: %w", err)
+		}
+		alive := 0
+		for pid, p := range members(all, t.root, os.Getpid()) {
+			if pid == spare {
+				continue
+			}
+			t.seen[pid] = true
+			if !p.zombie {
+				alive++
+				_ = unix.Kill(pid, unix.SIGKILL) // gone already is fine
+			}
+		}
+		if alive == 0 {
+			return nil
+		}
+		select {
+		case <-time.After(pause): // a killed process needs a moment to die
+		case <-ctx.Done():
+			return fmt.Errorf("%d processes of the machine do not die: %w", alive, ctx.Err())
+		}
+	}
+}
+
+// reap takes an orphan's exit status if it became our child; else its parent does.
+func reap(pid int) {
+	for {
+		if _, err := unix.Wait4(pid, nil, unix.WNOHANG, nil); err != unix.EINTR { //nolint:errorlint // an errno as it is
+			return
+		}
+	}
+}
