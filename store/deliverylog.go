@@ -3,7 +3,6 @@ package store
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -86,7 +85,7 @@ func removeLogs(dir string, keep int) error {
 // append puts a delivery on disk, together with those of other callers of the same
 // moment: while one batch is synced the next one collects. The returned function must
 // be called once the delivery is merged.
-func (l *deliveryLog) append(_ context.Context, d Delivery) (release func(), err error) {
+func (l *deliveryLog) append(d Delivery) (release func(), err error) {
 	line, err := encodeLine(d)
 	if err != nil {
 		return nil, err
@@ -103,8 +102,8 @@ func (l *deliveryLog) append(_ context.Context, d Delivery) (release func(), err
 	if mine {
 		l.flush(b)
 	}
-	// Not abandoned when ctx ends: the line is or will be on disk, and a caller that
-	// gave up would let rotate pass it by. A sync ends or the disk is lost.
+	// Not abandoned when the caller gives up: the line is or will be on disk, and rotate
+	// must not pass it by. A sync ends, or the disk is lost and the process with it.
 	<-b.done
 	if b.err != nil {
 		l.merging.RUnlock()
@@ -158,7 +157,7 @@ func (l *deliveryLog) abandon() error {
 
 // rotate ends the current file, waits until all that is in it is merged, and returns
 // the number of the file that comes next.
-func (l *deliveryLog) rotate(_ context.Context) (int, error) {
+func (l *deliveryLog) rotate() (int, error) {
 	l.merging.Lock()
 	defer l.merging.Unlock()
 	l.turn <- struct{}{}
@@ -168,7 +167,7 @@ func (l *deliveryLog) rotate(_ context.Context) (int, error) {
 
 // close ends the log.
 func (l *deliveryLog) close() error {
-	_, err := l.rotate(context.TODO())
+	_, err := l.rotate()
 	return err
 }
 

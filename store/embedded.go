@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/alicebob/miniredis/v2"
 	"github.com/redis/go-redis/v9"
+	"golang.org/x/sys/unix"
 )
 
 // EmbeddedConfig says where the store inside this process keeps its files.
@@ -40,15 +42,40 @@ func OpenEmbedded(ctx context.Context, c EmbeddedConfig) (*Store, error) {
 		return nil, err
 	}
 	s.embedded = server
-	if c.Dir != "" {
-		if err := s.restore(ctx, c.Dir); err != nil {
-			// Not Close: it would write a snapshot of what could not be read.
-			_ = s.rdb.Close()
-			server.Close()
-			return nil, fmt.Errorf("open the embedded store in %s: %w", c.Dir, err)
+	if c.Dir == "" {
+		return s, nil
+	}
+	unlock, err := lockDir(c.Dir)
+	if err == nil {
+		if err = s.restore(ctx, c.Dir); err != nil {
+			err = errors.Join(err, unlock())
 		}
 	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open the embedded store in %s: %w", c.Dir, err), s.Close())
+	}
+	// Set last: a store that could not be read must not be snapshot at Close. The last
+	// snapshot is written even if whoever opened the store was cancelled since.
+	s.finish = func() error {
+		return errors.Join(s.snapshot(context.WithoutCancel(ctx)), s.deliveries.close(), unlock())
+	}
 	return s, nil
+}
+
+// lockDir makes the directory this process's own until unlock: two processes on one
+// log of deliveries would each remove the other's.
+func lockDir(dir string) (unlock func() error, err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	file, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, errors.Join(fmt.Errorf("another process uses it (%w); stop that one, or choose another directory", err), file.Close())
+	}
+	return file.Close, nil // the kernel unlocks with the last close, and when we are killed
 }
 
 // SetTime sets the clock of an embedded store, which leases are compared with, for
@@ -85,7 +112,7 @@ func (s *Store) snapshots(ctx context.Context) error {
 func (s *Store) snapshot(ctx context.Context) error {
 	// From here on deliveries go into a new file. Those in older files are all merged
 	// (rotate waited for them), so the script below sees them.
-	kept, err := s.deliveries.rotate(ctx)
+	kept, err := s.deliveries.rotate()
 	if err != nil {
 		return err
 	}
@@ -105,9 +132,6 @@ func (s *Store) snapshot(ctx context.Context) error {
 
 // restore fills an empty store from its directory.
 func (s *Store) restore(ctx context.Context, dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
 	s.dir = dir
 	if err := s.restoreSnapshot(ctx); err != nil {
 		return err
@@ -166,11 +190,4 @@ func (s *Store) replay(ctx context.Context, path string) error {
 		_, err := s.merge(ctx, d)
 		return err
 	})
-}
-
-// finish writes the last snapshot when the store is closed.
-func (s *Store) finish() error {
-	// Close has no context of its own; the script is in this process and bounded.
-	err := s.snapshot(context.TODO())
-	return errors.Join(err, s.deliveries.close())
 }

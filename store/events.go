@@ -32,7 +32,7 @@ func (s *Store) Events(ctx context.Context, f EventFilter) ([]fleet.Event, error
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	lines, err := s.rdb.LRange(ctx, s.eventsKey(), 0, last).Result()
+	lines, err := s.rdb.LRange(ctx, s.keys[keyEvents], 0, last).Result()
 	if err != nil {
 		return nil, s.wrap(ctx, "read events", err)
 	}
@@ -51,6 +51,3 @@ func (s *Store) Events(ctx context.Context, f EventFilter) ([]fleet.Event, error
 	}
 	return events, nil
 }
-
-// eventsKey is the one key that is read without a script.
-func (s *Store) eventsKey() string { return s.keys[9] }

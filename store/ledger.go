@@ -44,11 +44,17 @@ type JoinRecord struct {
 }
 
 // ledgerFile is this replica's copy of the ledger, in memory and on disk.
+//
+// One gap is known: if Redis is emptied while a replica is cut off that knows a later
+// version, changes made meanwhile on an older one lose to the later version when the
+// replica comes back.
 type ledgerFile struct {
-	mu   sync.Mutex
 	path string // "": memory only
-	body []byte // JSON of the last version known here; nil: version 0
-	now  int64  // its version
+
+	updating sync.Mutex // one UpdateLedger at a time
+	mu       sync.Mutex // guards what follows, and the file
+	body     []byte     // JSON of the last version known here; nil: version 0
+	ledger   Ledger     // the same, decoded
 }
 
 // load reads the file, if there is one.
@@ -64,12 +70,18 @@ func (l *ledgerFile) load(path string) error {
 	if err != nil {
 		return fmt.Errorf("read the ledger: %w", err)
 	}
-	ledger, err := parseLedger(body)
-	if err != nil {
+	if l.ledger, err = parseLedger(body); err != nil {
 		return fmt.Errorf("read the ledger %s: %w (restore it from another replica's copy or a backup; without it tokens, cordons and revocations are unknown)", path, err)
 	}
-	l.body, l.now = body, ledger.Version
+	l.body = body
 	return nil
+}
+
+// newest returns the last version known here, decoded and as bytes.
+func (l *ledgerFile) newest() (Ledger, []byte) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.ledger, l.body
 }
 
 // parseLedger decodes a ledger; nil is the empty one.
@@ -87,9 +99,11 @@ func parseLedger(body []byte) (Ledger, error) {
 	return l, nil
 }
 
-// keep takes a newer version into memory and onto the disk. The caller holds mu.
-func (l *ledgerFile) keep(version int64, body []byte) error {
-	if version <= l.now {
+// keep takes a version onto the disk and into memory, unless a newer one is there.
+func (l *ledgerFile) keep(ledger Ledger, body []byte) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if ledger.Version <= l.ledger.Version {
 		return nil
 	}
 	if l.path != "" {
@@ -97,77 +111,90 @@ func (l *ledgerFile) keep(version int64, body []byte) error {
 			return fmt.Errorf("write the ledger: %w", err)
 		}
 	}
-	l.now, l.body = version, body
+	l.ledger, l.body = ledger, body
 	return nil
 }
 
 // ReadLedger returns the newest ledger that this replica or the store knows; the older
-// of the two copies is replaced by the newer one. One round trip.
+// of the two copies is replaced by the newer one. It is shared: do not modify it. One
+// round trip, and nothing but a version number goes over the wire as long as both
+// are equal.
 func (s *Store) ReadLedger(ctx context.Context) (Ledger, error) {
-	s.ledger.mu.Lock()
-	defer s.ledger.mu.Unlock()
-	if err := s.syncLedger(ctx); err != nil {
+	known, body := s.ledger.newest()
+	version, found, err := s.compareLedger(ctx, known.Version, nil, false)
+	if err == nil && version < known.Version {
+		version, found, err = s.compareLedger(ctx, known.Version, body, false)
+	}
+	if err != nil {
 		return Ledger{}, err
 	}
-	return parseLedger(s.ledger.body)
+	if version > known.Version {
+		if err := s.takeLedger(version, found); err != nil {
+			return Ledger{}, err
+		}
+	}
+	known, _ = s.ledger.newest()
+	return known, nil
 }
 
-// syncLedger makes the file and the store agree on the higher version. The caller
-// holds mu.
-func (s *Store) syncLedger(ctx context.Context) error {
-	answer, err := s.run(ctx, "compare ledgers", ledgerScript, s.ledger.now, s.ledger.body, "0")
+// compareLedger shows the store a version. It answers the version it has afterwards,
+// and the body if that is another one. A body replaces an older version there; if
+// exactly is set, only the one just before.
+func (s *Store) compareLedger(ctx context.Context, version int64, body []byte, exactly bool) (int64, string, error) {
+	answer, err := s.run(ctx, "compare ledgers", ledgerScript, version, body, flag(exactly))
 	if err != nil {
-		return err
+		return 0, "", err
 	}
-	if version := number(answer, 0); version > s.ledger.now {
-		return s.takeLedger(version, text(answer, 1))
-	}
-	return nil
+	return number(answer, 0), text(answer, 1), nil
 }
 
 // takeLedger keeps a version that came from the store.
 func (s *Store) takeLedger(version int64, body string) error {
 	ledger, err := parseLedger([]byte(body))
-	if err != nil || ledger.Version != version {
-		return fmt.Errorf("the store's ledger of version %d cannot be read: %w", version, errors.Join(err, errBadLedger))
+	if err == nil && ledger.Version != version {
+		err = fmt.Errorf("its body is of version %d", ledger.Version)
 	}
-	return s.ledger.keep(version, []byte(body))
+	if err != nil {
+		return fmt.Errorf("the store's ledger of version %d is damaged: %w (delete the key %s in Redis; it is refilled from the file)", version, err, s.keys[keyLedger])
+	}
+	return s.ledger.keep(ledger, []byte(body))
 }
-
-var errBadLedger = errors.New("its body is damaged; delete the ledger key in Redis and it is refilled from the file")
 
 // ledgerTries bounds how often a change is tried against other replicas' changes.
 const ledgerTries = 16
 
-// UpdateLedger changes the ledger: change gets the newest one and may be called again
-// if another replica was faster. It is in the file when this returns.
+// UpdateLedger changes the ledger: change gets a copy of the newest one and is called
+// again if another replica was faster. The result is in the file when this returns,
+// and must not be modified.
 func (s *Store) UpdateLedger(ctx context.Context, change func(*Ledger) error) (Ledger, error) {
-	s.ledger.mu.Lock()
-	defer s.ledger.mu.Unlock()
+	s.ledger.updating.Lock()
+	defer s.ledger.updating.Unlock()
 	for range ledgerTries {
-		if err := s.syncLedger(ctx); err != nil {
+		if _, err := s.ReadLedger(ctx); err != nil {
 			return Ledger{}, err
 		}
-		next, err := parseLedger(s.ledger.body)
+		_, known := s.ledger.newest()
+		next, err := parseLedger(known)
 		if err != nil {
 			return Ledger{}, err
 		}
+		version := next.Version + 1
 		if err := change(&next); err != nil {
 			return Ledger{}, err
 		}
-		next.Version = s.ledger.now + 1
+		next.Version = version
 		body, err := json.MarshalIndent(next, "", "\t")
 		if err != nil {
 			return Ledger{}, fmt.Errorf("encode the ledger: %w", err)
 		}
-		answer, err := s.run(ctx, "update the ledger", ledgerScript, next.Version, body, "1")
+		now, other, err := s.compareLedger(ctx, version, body, true)
 		if err != nil {
 			return Ledger{}, err
 		}
-		if number(answer, 0) != next.Version || text(answer, 1) != "" {
-			continue // another replica was faster, or the store was emptied just now
+		if now == version && other == "" {
+			return next, s.ledger.keep(next, body)
 		}
-		return next, s.ledger.keep(next.Version, body)
+		// Another replica was faster, or the store was emptied just now.
 	}
 	return Ledger{}, fmt.Errorf("update the ledger: %w: it changed %d times meanwhile", ErrConflict, ledgerTries)
 }

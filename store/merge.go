@@ -40,7 +40,7 @@ func (s *Store) MergeJob(ctx context.Context, d Delivery) (Merged, error) {
 	if s.deliveries == nil {
 		return s.merge(ctx, d)
 	}
-	release, err := s.deliveries.append(ctx, d)
+	release, err := s.deliveries.append(d)
 	if err != nil {
 		return Merged{}, fmt.Errorf("keep delivery of job %d: %w: %w", d.Job.ID, ErrDown, err)
 	}

@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"strconv"
@@ -15,7 +16,9 @@ import (
 // mirror is this process's copy of the records: the last View, brought forward by
 // what changed since.
 type mirror struct {
-	turn chan struct{} // holds one token while somebody fetches
+	turn   chan struct{} // holds one token while somebody fetches
+	failed error         // of the last fetch; belongs to whoever holds the turn
+
 	mu   sync.Mutex
 	last *View
 	next *flight // the fetch that has not begun, which new callers join
@@ -61,13 +64,26 @@ func (s *Store) View(ctx context.Context) (*View, error) {
 // nobody joins any more: they could have written after the script ran.
 func (s *Store) fly(ctx context.Context, f *flight) {
 	m := &s.mirror
-	m.turn <- struct{}{}
+	waited := false
+	select {
+	case m.turn <- struct{}{}:
+	default:
+		m.turn <- struct{}{}
+		waited = true
+	}
 	defer func() { <-m.turn }()
 	m.mu.Lock()
 	m.next = nil
 	last := m.last
 	m.mu.Unlock()
-	f.view, f.err = s.fetch(ctx, last)
+	if waited && errors.Is(m.failed, ErrDown) {
+		// The fetch that this one waited for found the store away. To wait for the same
+		// again would take twice the time within which callers are promised an answer.
+		f.err = m.failed
+	} else {
+		f.view, f.err = s.fetch(ctx, last)
+	}
+	m.failed = f.err
 	if f.err == nil {
 		m.mu.Lock()
 		m.last = f.view

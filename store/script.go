@@ -36,6 +36,12 @@ func keys(prefix string) []string {
 	return names
 }
 
+// Positions in keys of those that Go names, too.
+const (
+	keyEvents = 9
+	keyLedger = 14
+)
+
 //go:embed lua/prelude.lua
 var prelude string
 

@@ -18,7 +18,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"strings"
 	"sync"
 	"time"
@@ -84,6 +83,7 @@ type Store struct {
 	embedded   *miniredis.Miniredis
 	deliveries *deliveryLog // nil: memory only
 	dir        string
+	finish     func() error // the last snapshot; nil: none
 }
 
 // Open connects to a Redis and checks that it answers. A Redis that is away gives an
@@ -158,7 +158,7 @@ func (s *Store) Ready(ctx context.Context) error {
 // Close ends the connections. The embedded store writes a last snapshot before.
 func (s *Store) Close() error {
 	var errs []error
-	if s.deliveries != nil {
+	if s.finish != nil {
 		errs = append(errs, s.finish())
 	}
 	errs = append(errs, s.rdb.Close())
@@ -179,7 +179,8 @@ func (s *Store) wrap(ctx context.Context, doing string, err error) error {
 	}
 	var answer redis.Error
 	if !errors.As(err, &answer) || unwilling(answer.Error()) {
-		return fmt.Errorf("%s: %w: %w", doing, ErrDown, blank(err))
+		// go-redis' errors name the address at most, never the password.
+		return fmt.Errorf("%s: %w: %w", doing, ErrDown, err)
 	}
 	return fmt.Errorf("%s: %w", doing, err)
 }
@@ -192,14 +193,4 @@ func unwilling(answer string) bool {
 		}
 	}
 	return false
-}
-
-// blank keeps of an error what helps: the kind of failure, and for a dial the address.
-// URLs, which may hold passwords, are in none of the kinds kept.
-func blank(err error) error {
-	var op *net.OpError
-	if errors.As(err, &op) {
-		return op
-	}
-	return err
 }
