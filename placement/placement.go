@@ -183,7 +183,8 @@ type Explanation struct {
 	Job   fleet.JobID    `json:"job"`
 	Pool  fleet.PoolName `json:"pool,omitempty"`
 	Scope fleet.Scope    `json:"scope,omitempty"`
-	// Refusal says why no node was even looked at; zero: nodes were.
+	// Refusal concerns the job itself: no pool takes it, or a limit is reached (then the
+	// table is there all the same); zero: neither.
 	Refusal Refusal `json:"refusal,omitzero"`
 	// Age is the time since the job was created; Duration is what it is predicted to run,
 	// 0 if not known.

@@ -1,0 +1,283 @@
+package placement
+
+import (
+	"cmp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/paddock-ci/paddock/fleet"
+)
+
+// pass is the working state of one Make: the snapshot, indexed, and what the jobs
+// planned so far have taken from it.
+type pass struct {
+	s       *Snapshot
+	boot    time.Duration
+	waitCap time.Duration
+	alpha   float64
+
+	nodes  []node // by id
+	pools  []pool // file order
+	images []image
+	repos  []repository
+	index  map[fleet.Digest]int // of images
+
+	plan    Plan
+	classes map[classKey]int // index into plan.Decisions
+	owned   []bool           // by decision: its Refusals are not shared
+	ahead   int              // jobs planned so far
+
+	// watch is the job that Explain asks about; 0: none. seen is its table.
+	watch fleet.JobID
+	seen  *Explanation
+}
+
+// repository counts slots for fairness and limits: those running and bound in this
+// pass, and with those that are only reserved.
+type repository struct{ bound, planned int }
+
+// image is one digest that pools use.
+type image struct {
+	fleet.Image
+	pools  []int // that use it
+	copies int   // ready ones on reachable nodes
+	wanted bool  // a job of this pass needs it
+}
+
+// pool is a pool with its nodes in the order of their cost.
+type pool struct {
+	*fleet.Pool
+	image          int // index into pass.images; -1: unresolved
+	bound, planned int // its VMs, and with those only reserved
+	idle           int // VMs without a job that are warm or on their way
+	heap           candidates
+	refusals       map[Reason]int
+	// cheapest is the shortest time in which some node would have the image by a pull,
+	// when the pass began; 0: every node has it, or none may.
+	cheapest time.Duration
+	// unknown are nodes with the image ready and a slot whose end is not known.
+	unknown []int
+}
+
+// node is a node with what this pass has already given away there.
+type node struct {
+	in    *Node
+	rate  int64 // bytes per second
+	queue int64 // bytes on the wire of the demand pulls before a new one
+	disk  int64 // bytes left, less what ordered images are still to fill; may be negative
+	total int64 // bytes that the image store has in all: what is left and what images fill
+	used  int   // slots used, bound or reserved
+	slots []slot
+	have  []residence    // by image
+	gone  []fleet.Digest // images of no pool that this pass lets go
+	tie   time.Duration
+}
+
+// slot is one of a node's slots, free or used.
+type slot struct {
+	// soon is when it could be had by a job whose image is ready, if open; avail is when
+	// it is to be had after every reservation. They differ for a slot that is reserved
+	// for a job whose image takes long.
+	soon, avail time.Duration
+	open        bool
+	unknown     bool           // avail is a guess
+	idle        fleet.VMID     // the idle VM in it, that another pool may evacuate
+	pool        fleet.PoolName // of that VM
+}
+
+// presence is how far an image is on a node.
+type presence int8
+
+const (
+	absent  presence = iota
+	waiting          // ordered or queued, not moving
+	moving           // bytes are moving, or being verified
+	ready
+)
+
+// residence is an image on a node.
+type residence struct {
+	presence presence
+	ordered  bool  // before this pass
+	queued   bool  // its bytes are counted in the node's queue
+	failed   bool  // and not yet to be tried again
+	demand   bool  // ordered for a job before this pass
+	needed   bool  // a choice of this pass rests on it
+	held     int   // 1 + index into plan.Hold; 0: not in it
+	left     int64 // bytes on the wire still to come
+	disk     int64 // bytes on the disk still to be filled
+}
+
+// newPass indexes a snapshot. It costs nodes × (images there + slots) and pools; each
+// pool's nodes are only weighed when a job asks for them.
+func newPass(s *Snapshot, watch fleet.JobID) *pass {
+	p := &pass{s: s, watch: watch, classes: map[classKey]int{},
+		boot: cmp.Or(s.Boot, DefaultBoot), waitCap: cmp.Or(s.WaitCap, DefaultWaitCap)}
+	p.indexPools()
+	p.nodes = make([]node, len(s.Nodes))
+	have := make([]residence, len(s.Nodes)*len(p.images))
+	order := make([]*Node, len(s.Nodes))
+	for i := range s.Nodes {
+		order[i] = &s.Nodes[i]
+	}
+	slices.SortFunc(order, func(a, b *Node) int { return strings.Compare(string(a.ID), string(b.ID)) })
+	used, slots := 0, 0
+	for i, n := range order {
+		p.nodes[i] = node{in: n, rate: n.PullRate, disk: n.DiskFree, total: n.DiskFree, used: len(n.Slots),
+			have: have[i*len(p.images) : (i+1)*len(p.images) : (i+1)*len(p.images)],
+			tie:  min(failureCost*time.Duration(n.Failures), maxFailureCost)}
+		if n.PullRate <= 0 {
+			p.nodes[i].rate = DefaultPullRate
+		}
+		p.nodes[i].indexSlots(s.Now)
+		p.indexImages(&p.nodes[i])
+		if n.Reachable && !n.Cordoned {
+			used, slots = used+len(n.Slots), slots+n.Node.Slots
+		}
+	}
+	p.alpha = alpha(used, slots)
+	p.countVMs()
+	return p
+}
+
+// indexPools gives every resolved digest a number.
+func (p *pass) indexPools() {
+	p.index = make(map[fleet.Digest]int, len(p.s.Pools))
+	p.pools = make([]pool, len(p.s.Pools))
+	for i := range p.s.Pools {
+		p.pools[i] = pool{Pool: &p.s.Pools[i], image: -1}
+		resolved, ok := p.s.Images[p.s.Pools[i].Image]
+		if !ok {
+			continue
+		}
+		n, known := p.index[resolved.Digest]
+		if !known {
+			n = len(p.images)
+			p.index[resolved.Digest] = n
+			p.images = append(p.images, image{Image: resolved})
+		}
+		p.pools[i].image = n
+		p.images[n].pools = append(p.images[n].pools, i)
+	}
+}
+
+// indexSlots lays out the node's slots: the used ones, then the free ones.
+func (n *node) indexSlots(now time.Time) {
+	n.slots = make([]slot, max(n.in.Node.Slots, len(n.in.Slots)))
+	for i := range n.slots {
+		s := &n.slots[i]
+		if i >= len(n.in.Slots) {
+			s.open = true
+			continue
+		}
+		used := &n.in.Slots[i]
+		s.avail, s.unknown = remaining(used, now)
+		if used.Idle {
+			*s = slot{soon: teardown, avail: teardown, open: true, idle: used.VM, pool: used.Pool}
+		}
+	}
+}
+
+// indexImages notes how far each pool's image is on the node, and how many bytes of
+// demand pulls are queued there. Pre-warms give way, so they are not in the queue.
+func (p *pass) indexImages(n *node) {
+	for i := range n.have {
+		n.have[i].left, n.have[i].disk = p.images[i].Bytes, p.images[i].DiskBytes
+		if left, shared := n.in.Missing[p.images[i].Digest]; shared {
+			n.have[i].left = left
+		}
+	}
+	for i := range n.in.Hold {
+		if k, known := p.index[n.in.Hold[i].Digest]; known {
+			r := &n.have[k]
+			r.presence, r.demand = waiting, n.in.Hold[i].Demand
+			r.queued = r.demand
+		}
+	}
+	for i := range n.in.Images {
+		p.indexImage(n, &n.in.Images[i])
+	}
+	for i := range n.have {
+		r := &n.have[i]
+		if r.queued {
+			n.queue += r.left
+		}
+		if r.presence == waiting || r.presence == moving {
+			r.ordered = true
+			n.disk -= r.disk
+		}
+	}
+}
+
+// indexImage notes one image that the node reported.
+func (p *pass) indexImage(n *node, on *fleet.NodeImage) {
+	n.total += on.DiskBytes
+	if on.State == fleet.ImageEvicting {
+		n.disk += on.DiskBytes // about to be free
+	}
+	k, known := p.index[on.Digest]
+	if !known {
+		if on.State == fleet.ImageCaching {
+			n.queue += max(0, on.Total-on.Done)
+		}
+		return
+	}
+	r := &n.have[k]
+	if on.Total > 0 {
+		r.left = max(0, on.Total-on.Done)
+	}
+	r.disk = max(0, r.disk-on.DiskBytes)
+	switch on.State {
+	case fleet.ImageReady:
+		*r = residence{presence: ready, demand: r.demand}
+		if n.in.Reachable {
+			p.images[k].copies++
+		}
+	case fleet.ImageCaching, fleet.ImageVerifying:
+		r.queued = r.demand || r.presence == absent // without an order here, its reason is not known
+		r.presence = moving
+	case fleet.ImageQueued, fleet.ImagePaused:
+		r.presence = waiting
+	case fleet.ImageFailed:
+		r.failed = on.RetryAt.After(p.s.Now)
+		r.queued = r.queued && !r.failed
+	case fleet.ImageEvicting:
+		*r = residence{left: p.images[k].Bytes, disk: p.images[k].DiskBytes}
+	}
+}
+
+// countVMs counts each pool's VMs wherever they are: limits hold for nodes that are
+// out of reach, too.
+func (p *pass) countVMs() {
+	byName := make(map[fleet.PoolName]*pool, len(p.pools))
+	for i := range p.pools {
+		byName[p.pools[i].Name] = &p.pools[i]
+	}
+	for i := range p.nodes {
+		n := p.nodes[i].in
+		for j := range n.Slots {
+			pool := byName[n.Slots[j].Pool]
+			if pool == nil {
+				continue
+			}
+			pool.bound++
+			pool.planned++
+			if n.Reachable && n.Slots[j].spare() {
+				pool.idle++
+			}
+		}
+	}
+}
+
+// spare reports whether the VM counts towards its pool's minimum of idle ones.
+func (s *Slot) spare() bool {
+	switch s.State {
+	case fleet.VMPlaced, fleet.VMBooting, fleet.VMWarm:
+		return s.Job == 0
+	case fleet.VMRegistered, fleet.VMBusy, fleet.VMDone, fleet.VMLost:
+		return false
+	default:
+		return false
+	}
+}
