@@ -330,19 +330,26 @@ func bootCancelled(t *testing.T, s *suite) {
 
 func manyMachines(t *testing.T, s *suite) {
 	var wg sync.WaitGroup
-	for i := range min(8, s.Slots) {
+	specs := make([]vm.Spec, min(8, s.Slots))
+	for i := range specs {
+		specs[i] = s.Spec(t)
 		wg.Go(func() {
-			spec := s.Spec(t)
+			spec := specs[i]
 			m, err := s.Driver.Boot(bounded(t), spec)
 			if err != nil {
 				t.Errorf("booting %s: %v", spec.ID, err)
 				return
 			}
 			s.runThrough(t, m, strings.Repeat("x", i)+"\n")
-			s.destroy(t, m, spec)
+			if err := m.Destroy(bounded(t)); err != nil {
+				t.Errorf("destroying %s: %v", spec.ID, err)
+			}
 		})
 	}
 	wg.Wait()
+	for _, spec := range specs { // not earlier: a zombie does not say whose it was
+		s.nothingLeft(t, spec)
+	}
 }
 
 func diesByItself(t *testing.T, s *suite) {
