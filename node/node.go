@@ -13,7 +13,7 @@
 //     machines alone that none speaks for.
 //  4. It syncs: the whole inventory goes out, a reply comes back and is applied. News
 //     ends a parked call early; an error is tried again and stops no VM.
-//  5. It pulls what the last reply asked to hold, demand first.
+//  5. It pulls what the last reply asked to hold, most urgent first.
 //  6. When it is stopped it ends every VM, or leaves them for the next start (Keep).
 package node
 
@@ -48,7 +48,8 @@ type Machines interface {
 // Images is what the agent needs of the image store. *cache.Store is one.
 type Images interface {
 	// Pull returns when the image is ready here, or with an error. Concurrent calls for
-	// one digest share the work.
+	// one digest share the work; of several images, the store gives way to the one that
+	// a job waits for.
 	Pull(ctx context.Context, h fleet.Hold) error
 	// Lease pins a ready image. The same holder's lease is the same lease, also after a
 	// restart; release is idempotent.
