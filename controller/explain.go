@@ -1,0 +1,81 @@
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/placement"
+	"github.com/paddock-ci/paddock/runner"
+)
+
+// ErrNoJob: the store knows no such job.
+var ErrNoJob = errors.New("no such job")
+
+// Explain says why a job waits, or what serves it, from a fresh view and by the same
+// functions that decide. Any replica can answer.
+func (c *Controller) Explain(ctx context.Context, id fleet.JobID) (placement.Explanation, error) {
+	view, err := c.Store.View(ctx)
+	if err != nil {
+		return placement.Explanation{}, err
+	}
+	job := view.Jobs[id]
+	if job == nil {
+		return placement.Explanation{}, fmt.Errorf("%w: %d (hint: `paddock job list` shows those of the last hour)", ErrNoJob, id)
+	}
+	p := &pass{now: time.Now(), view: view, jobs: view.OpenJobs(), vms: map[fleet.VMID]fleet.VM{}, written: map[fleet.VMID]bool{}}
+	var vms []*fleet.VM
+	for vmID, vm := range view.VMs {
+		p.vms[vmID] = *vm
+		if !vm.State.Final() && p.reachable(vm.Node) {
+			vms = append(vms, vm)
+		}
+		if vm.Job == id && !vm.State.Final() {
+			return c.served(job, vm), nil
+		}
+	}
+	if said := settledWord(job); said != "" {
+		return placement.Explanation{Job: id, Age: p.now.Sub(job.CreatedAt), Wait: said}, nil
+	}
+	p.unmet = runner.Match(p.jobs, vms, c.poolOf, c.Fleet).Unmet
+	explanation, found := placement.Explain(c.snapshot(p), id)
+	if !found {
+		return placement.Explanation{Job: id, Age: p.now.Sub(job.CreatedAt), Wait: "a VM that is coming up will take it"}, nil
+	}
+	if until := p.failing(explanation.Pool); p.now.Before(until) {
+		explanation.Wait = fmt.Sprintf("VMs of pool %s failed; the next try is at %s", explanation.Pool, until.Format(time.TimeOnly))
+	}
+	return explanation, nil
+}
+
+// served tells how far the job's VM is.
+func (c *Controller) served(job *fleet.Job, vm *fleet.VM) placement.Explanation {
+	said := map[fleet.VMState]string{
+		fleet.VMPlaced:     "VM %s is placed on %s, which has not begun yet",
+		fleet.VMBooting:    "VM %s is booting on %s",
+		fleet.VMWarm:       "VM %s is warm on %s; its runner is being registered",
+		fleet.VMRegistered: "the runner in VM %s on %s is registered; GitHub gives it the job next",
+		fleet.VMBusy:       "VM %s on %s runs it",
+	}[vm.State]
+	wait := fmt.Sprintf(said, vm.ID, vm.Node)
+	if until := c.limitedUntil(); vm.State == fleet.VMWarm && time.Now().Before(until) {
+		wait = fmt.Sprintf("VM %s is warm on %s; GitHub's rate limit holds its runner back until %s", vm.ID, vm.Node, until.Format(time.TimeOnly))
+	}
+	return placement.Explanation{Job: job.ID, Pool: vm.Pool, Age: time.Since(job.CreatedAt), Bound: true, Wait: wait}
+}
+
+// settledWord speaks of jobs that ask for nothing.
+func settledWord(job *fleet.Job) string {
+	switch job.Status {
+	case fleet.JobWaiting:
+		return "GitHub holds it back: an approval or a deployment gate is pending"
+	case fleet.JobInProgress:
+		return fmt.Sprintf("runner %q runs it", job.RunnerName)
+	case fleet.JobCompleted:
+		return "it is completed: " + job.Conclusion
+	case fleet.JobQueued:
+	}
+	return ""
+}

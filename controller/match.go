@@ -1,0 +1,100 @@
+package controller
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/placement"
+	"github.com/paddock-ci/paddock/runner"
+)
+
+// match brings VM.Job up to date with what GitHub says and what is queued. A match is
+// provisional until in_progress names the runner. VMs on unreachable nodes keep what
+// they have but get nothing new, and a queued job counts on them no more.
+func (c *Controller) match(ctx context.Context, p *pass) error {
+	vms := make([]*fleet.VM, 0, len(p.vms))
+	for _, vm := range p.untouched() {
+		if !vm.State.Final() && (p.reachable(vm.Node) || vm.State == fleet.VMBusy) {
+			vms = append(vms, &vm)
+		}
+	}
+	matching := runner.Match(p.jobs, vms, c.poolOf, c.Fleet)
+	p.unmet, p.surplus = matching.Unmet, matching.Surplus
+	for _, vm := range vms {
+		job, changed := matching.Set[vm.ID]
+		if !changed {
+			continue
+		}
+		next, e := *vm, fleet.Event{Kind: "vm.matched", Job: job, Text: fmt.Sprintf("VM %s is meant for job %d", vm.ID, job)}
+		if job == 0 {
+			e = fleet.Event{Kind: "vm.released", Job: vm.Job, Text: fmt.Sprintf("VM %s is free of job %d", vm.ID, vm.Job)}
+		}
+		next.Job = job
+		if _, err := c.write(ctx, p, next, e); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// poolOf is the pool and scope whose VMs may take the job.
+func (c *Controller) poolOf(j *fleet.Job) (fleet.PoolName, fleet.Scope, bool) {
+	pool, scope, refusal := placement.PoolFor(c.Pools, *j)
+	return pool.Name, scope, !refusal.Refused()
+}
+
+// claim writes the intent to register a runner in each warm VM that a queued job is
+// matched with. Intent, VM revision and the job's being queued are one script: a unit
+// of demand is taken once, whatever else happens. Errands asks GitHub.
+func (c *Controller) claim(ctx context.Context, p *pass) error {
+	for _, vm := range p.untouched() {
+		if vm.State != fleet.VMWarm || vm.Claim != nil || vm.Job == 0 || vm.Destroy || vm.Retire != fleet.RetireNone || !p.reachable(vm.Node) {
+			continue
+		}
+		job := p.view.Jobs[vm.Job]
+		if job == nil || job.Status != fleet.JobQueued {
+			continue
+		}
+		pool, scope, refusal := placement.PoolFor(c.Pools, *job)
+		if refusal.Refused() || pool.Name != vm.Pool {
+			continue
+		}
+		vm.Attempt++
+		vm.Claim = &fleet.Claim{
+			Scope: scope, Group: pool.RunnerGroup(), Labels: job.Labels,
+			Runner: fleet.RunnerName(c.Fleet, vm.ID, vm.Attempt), Epoch: p.term.Epoch, At: p.now,
+		}
+		e := fleet.Event{Kind: "runner.claimed", Text: fmt.Sprintf("runner %s is to be registered at %s", vm.Claim.Runner, scope)}
+		if _, err := c.write(ctx, p, vm, e, job.ID); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// failing is how long a pool waits after VMs of it failed one after the other: 1 s, 2 s,
+// 4 s … up to 5 min, so that a broken image does not keep the fleet busy booting it.
+func (p *pass) failing(pool fleet.PoolName) (until time.Time) {
+	var lastSuccess, lastFailure time.Time
+	for _, vm := range p.view.VMs {
+		if vm.Pool == pool && !vm.WarmAt.IsZero() && vm.WarmAt.After(lastSuccess) {
+			lastSuccess = vm.WarmAt
+		}
+	}
+	failures := 0
+	for _, vm := range p.view.VMs {
+		if vm.Pool != pool || !vm.Failed || vm.DoneAt.Before(lastSuccess) {
+			continue
+		}
+		failures++
+		if vm.DoneAt.After(lastFailure) {
+			lastFailure = vm.DoneAt
+		}
+	}
+	if failures == 0 {
+		return time.Time{}
+	}
+	return lastFailure.Add(min(time.Second<<min(failures-1, 10), 5*time.Minute))
+}
