@@ -1,0 +1,30 @@
+package api
+
+import (
+	"net/url"
+	"strings"
+)
+
+// The routes. {id} stands for one path segment. Every route but join and the probes
+// wants "Authorization: Bearer pdk_…".
+const (
+	RouteSync     = "/v1/nodes/{id}/sync"     // POST SyncRequest → SyncReply
+	RouteJoin     = "/v1/join"                // POST JoinRequest → JoinReply; the join token is in the body
+	RouteNodes    = "/v1/nodes"               // GET → []NodeRow
+	RouteCordon   = "/v1/nodes/{id}/cordon"   // POST → NodeRow
+	RouteUncordon = "/v1/nodes/{id}/uncordon" // POST → NodeRow
+	RouteVMs      = "/v1/vms"                 // GET → []VMRow
+	RouteImages   = "/v1/images"              // GET → []ImageRow
+	RouteJobs     = "/v1/jobs"                // GET ?status= → []JobRow
+	RouteExplain  = "/v1/jobs/{id}/explain"   // GET → Explanation
+	RouteEvents   = "/v1/events"              // GET ?job=&vm=&node=&limit= → []Event
+	RouteTokens   = "/v1/tokens"              // GET → []TokenRow; POST TokenRequest → TokenReply
+	RouteToken    = "/v1/tokens/{id}"         // DELETE → TokenRow
+
+	RouteHealth  = "/healthz" // the process runs
+	RouteReady   = "/readyz"  // the store answers
+	RouteMetrics = "/metrics" // Prometheus
+)
+
+// path fills the {id} of a route.
+func path(route, id string) string { return strings.Replace(route, "{id}", url.PathEscape(id), 1) }
