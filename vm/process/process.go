@@ -136,7 +136,7 @@ func (d *Driver) start(ctx context.Context, spec vm.Spec, release func()) (*mach
 	life := context.WithoutCancel(ctx) // the machine outlives the call
 	cmd := exec.CommandContext(life, d.config.Command[0], d.config.Command[1:]...)
 	cmd.Dir = spec.Dir
-	cmd.Env = append(environment(), d.config.Env...)
+	cmd.Env = vm.ChildEnv(d.config.Env...)
 	cmd.Env = append(cmd.Env, socketEnv+"="+socket, markEnv+"="+spec.Dir)
 	cmd.Stdout, cmd.Stderr = console, console
 	cmd.ExtraFiles = []*os.File{theirs} // hostFD in the child
@@ -210,17 +210,6 @@ func (d *Driver) Reap(ctx context.Context, spec vm.Spec) error {
 		return fmt.Errorf("reaping %s: %w", spec.ID, err)
 	}
 	return nil
-}
-
-// environment is the part of ours that a guest may see: our own may hold the App's key.
-func environment() []string {
-	var env []string
-	for _, name := range []string{"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "TMPDIR", "TZ"} {
-		if value, ok := os.LookupEnv(name); ok {
-			env = append(env, name+"="+value)
-		}
-	}
-	return env
 }
 
 // socketFile is the guest's socket in the machine's directory, where its path fits.
