@@ -35,7 +35,7 @@ func (c *Controller) Errands(ctx context.Context) error {
 	for ctx.Err() == nil {
 		changed := c.Store.Notify(store.Anything)
 		if term, leading := c.office(); leading {
-			c.setOut(ctx, term, places, &running)
+			c.setOut(ctx, term, time.Now(), places, &running)
 			if time.Now().After(ghosts) {
 				ghosts = time.Now().Add(ghostEvery)
 				if err := c.exorcise(ctx, term); err != nil {
@@ -51,13 +51,13 @@ func (c *Controller) Errands(ctx context.Context) error {
 }
 
 // setOut starts an errand for each VM that needs one and has none under way.
-func (c *Controller) setOut(ctx context.Context, term store.Term, places chan struct{}, running *sync.WaitGroup) {
+func (c *Controller) setOut(ctx context.Context, term store.Term, now time.Time, places chan struct{}, running *sync.WaitGroup) {
 	view, err := c.Store.View(ctx)
-	if err != nil || view.Incarnation != term.Incarnation || time.Now().Before(c.limitedUntil()) {
+	if err != nil || view.Incarnation != term.Incarnation || now.Before(c.limitedUntil()) {
 		return
 	}
 	for id, vm := range view.VMs {
-		errand := c.errandFor(view, vm, term, time.Now())
+		errand := c.errandFor(view, vm, term, now)
 		if errand == nil || !c.begin(id) {
 			continue
 		}
