@@ -45,10 +45,9 @@ func OpenEmbedded(ctx context.Context, c EmbeddedConfig) (*Store, error) {
 	if c.Dir == "" {
 		return s, nil
 	}
-	unlock, err := lockDir(c.Dir)
-	if err == nil {
+	if s.unlock, err = lockDir(c.Dir); err == nil {
 		if err = s.restore(ctx, c.Dir); err != nil {
-			err = errors.Join(err, unlock())
+			err = errors.Join(err, s.unlock())
 		}
 	}
 	if err != nil {
@@ -57,7 +56,7 @@ func OpenEmbedded(ctx context.Context, c EmbeddedConfig) (*Store, error) {
 	// Set last: a store that could not be read must not be snapshot at Close. The last
 	// snapshot is written even if whoever opened the store was cancelled since.
 	s.finish = func() error {
-		return errors.Join(s.snapshot(context.WithoutCancel(ctx)), s.deliveries.close(), unlock())
+		return errors.Join(s.snapshot(context.WithoutCancel(ctx)), s.deliveries.close(), s.unlock())
 	}
 	return s, nil
 }

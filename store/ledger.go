@@ -51,15 +51,16 @@ type JoinRecord struct {
 type ledgerFile struct {
 	path string // "": memory only
 
-	updating sync.Mutex // one UpdateLedger at a time
-	mu       sync.Mutex // guards what follows, and the file
-	body     []byte     // JSON of the last version known here; nil: version 0
-	ledger   Ledger     // the same, decoded
+	updating chan struct{} // holds one token during an UpdateLedger
+
+	mu     sync.Mutex // guards what follows, and the file
+	body   []byte     // JSON of the last version known here; nil: version 0
+	ledger Ledger     // the same, decoded
 }
 
 // load reads the file, if there is one.
 func (l *ledgerFile) load(path string) error {
-	l.path = path
+	l.path, l.updating = path, make(chan struct{}, 1)
 	if path == "" {
 		return nil
 	}
@@ -167,8 +168,15 @@ const ledgerTries = 16
 // again if another replica was faster. The result is in the file when this returns,
 // and must not be modified.
 func (s *Store) UpdateLedger(ctx context.Context, change func(*Ledger) error) (Ledger, error) {
-	s.ledger.updating.Lock()
-	defer s.ledger.updating.Unlock()
+	// All in all as long as one call may take, the wait for other changes included.
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	select {
+	case s.ledger.updating <- struct{}{}:
+		defer func() { <-s.ledger.updating }()
+	case <-ctx.Done():
+		return Ledger{}, s.wrap(ctx, "update the ledger after another change", ctx.Err())
+	}
 	for range ledgerTries {
 		if _, err := s.ReadLedger(ctx); err != nil {
 			return Ledger{}, err

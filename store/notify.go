@@ -134,9 +134,27 @@ func (s *Store) subscription(ctx context.Context) error {
 		}
 		switch m := message.(type) {
 		case *redis.Subscription:
+			s.settle(ctx)
 			s.hub.wakeAll()
 		case *redis.Message:
 			s.hub.wake(topics(m.Payload)...)
+		}
+	}
+}
+
+// settle waits, for 2 s at most, until other connections work as well: after many
+// failures go-redis refuses for up to a second to dial, and whoever is woken would
+// find the store still away.
+func (s *Store) settle(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for s.Ready(ctx) != nil {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
 		}
 	}
 }

@@ -84,6 +84,7 @@ type Store struct {
 	deliveries *deliveryLog // nil: memory only
 	dir        string
 	finish     func() error // the last snapshot; nil: none
+	unlock     func() error // gives dir free
 }
 
 // Open connects to a Redis and checks that it answers. A Redis that is away gives an

@@ -10,9 +10,14 @@ import (
 // openRedis opens a store on a redis-server of the test's own.
 func openRedis(t testing.TB, c store.Config) (*store.Store, *storetest.Redis) {
 	t.Helper()
-	url, ctl := storetest.StartRedis(t)
+	url, ctl := startRedis(t)
 	c.URL = url
 	return open(t, c), ctl
+}
+
+func startRedis(t testing.TB) (string, *storetest.Redis) {
+	t.Helper()
+	return storetest.StartRedis(t)
 }
 
 func open(t testing.TB, c store.Config) *store.Store {

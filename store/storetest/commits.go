@@ -113,7 +113,7 @@ func staleReports(t *testing.T, s *store.Store) {
 	commit(t, s, store.Txn{Report: &store.Report{Node: "mac-2", Session: "one", Sequence: 1}}, nil)
 	// A stale report writes nothing.
 	commit(t, s, store.Txn{
-		Report: &store.Report{Node: "mac-1", Session: "one", Sequence: 9},
+		Report: &store.Report{Node: "mac-1", Session: "two |x", Sequence: 9},
 		Nodes:  []fleet.Node{{ID: "mac-1"}},
 	}, store.ErrStale)
 	if v := view(t, s); len(v.Nodes) != 0 {

@@ -26,7 +26,9 @@ const patience = 20 * time.Second
 
 // Redis is a redis-server that a test started.
 type Redis struct {
-	args   []string
+	args             []string
+	socket, password string
+
 	client *redis.Client
 	cmd    *exec.Cmd
 	exited chan struct{} // closed when cmd has ended
@@ -53,6 +55,7 @@ func StartRedis(t testing.TB, args ...string) (string, *Redis) {
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	socket, password := filepath.Join(dir, "s"), rand.Text()
 	r := &Redis{
+		socket: socket, password: password,
 		args: append([]string{program, "--port", "0", "--unixsocket", socket, "--requirepass", password,
 			"--dir", dir, "--save", "", "--appendonly", "yes", "--appendfsync", "everysec"}, args...),
 		client: redis.NewClient(&redis.Options{Network: "unix", Addr: socket, Password: password}),
@@ -136,6 +139,13 @@ func (r *Redis) Flush(t testing.TB) {
 		t.Fatal(err)
 	}
 }
+
+// Password and Socket are what the URL is made of, for tests of what must not leak and
+// of wrong credentials.
+func (r *Redis) Password() string { return r.password }
+
+// Socket is the path of the unix socket.
+func (r *Redis) Socket() string { return r.socket }
 
 // Memory returns the bytes that the server's data takes (used_memory_dataset).
 func (r *Redis) Memory(t testing.TB) int64 {
