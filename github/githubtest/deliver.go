@@ -48,13 +48,13 @@ type outgoing struct {
 
 // envelope is the payload of a workflow_job webhook, in GitHub's order of fields.
 type envelope struct {
-	Action       string `json:"action"`
-	Job          object `json:"workflow_job"`
-	Deployment   object `json:"deployment,omitempty"`
-	Repository   object `json:"repository"`
-	Organization object `json:"organization,omitempty"`
-	Sender       object `json:"sender"`
-	Installation object `json:"installation,omitempty"`
+	Action       string          `json:"action"`
+	Job          object          `json:"workflow_job"`
+	Deployment   object          `json:"deployment,omitempty"`
+	Repository   json.RawMessage `json:"repository"`
+	Organization object          `json:"organization,omitempty"`
+	Sender       object          `json:"sender"`
+	Installation object          `json:"installation,omitempty"`
 }
 
 // emit writes the webhook of a job's change into the log and sends it on its way.
@@ -71,7 +71,7 @@ func (g *GitHub) emit(j *job, action string) {
 	if g.weather.Delivery != nil {
 		fate = g.weather.Delivery(entry.Delivery)
 	}
-	e := envelope{Action: action, Job: j.fields(), Repository: j.run.repo.object(), Sender: sender}
+	e := envelope{Action: action, Job: j.fields(), Repository: j.run.repo.raw, Sender: sender}
 	if j.deployment != nil {
 		e.Deployment = j.deploymentObject()
 	}
@@ -86,7 +86,7 @@ func (g *GitHub) emit(j *job, action string) {
 	}
 	payload, err := json.Marshal(e)
 	if err == nil {
-		err = g.schema.hook(entry.Event, payload)
+		err = g.schema.hook(entry.Event, action, payload)
 	}
 	if err != nil {
 		g.violations = append(g.violations, err.Error())
@@ -124,6 +124,7 @@ func (g *GitHub) due() []*outgoing {
 		}
 	}
 	g.outgoing = later
+	g.underWay += len(due)
 	return due
 }
 
@@ -141,6 +142,7 @@ func (g *GitHub) send(ctx context.Context, o *outgoing) {
 	header, code, err := g.post(ctx, url, o.entry)
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	g.underWay--
 	o.entry.duration, o.entry.headers = g.c.Now().Sub(began), header
 	o.entry.StatusCode, o.entry.Status = code, http.StatusText(code)
 	if err != nil {

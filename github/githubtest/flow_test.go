@@ -61,10 +61,15 @@ func newFarm(t *testing.T, c githubtest.Config) *farm {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, stop := context.WithCancel(t.Context())
+	ctx, stop := context.WithCancel(context.WithoutCancel(t.Context())) // it ends in Cleanup, after the last delivery
 	ended := make(chan error, 1)
 	go func() { ended <- gh.Run(ctx) }()
 	t.Cleanup(func() {
+		last, cancel := context.WithTimeout(ctx, 10*time.Second)
+		defer cancel()
+		if err := gh.WaitDelivered(last); err != nil {
+			t.Error(err)
+		}
 		stop()
 		if err := <-ended; !errors.Is(err, context.Canceled) {
 			t.Errorf("Run: %v", err)
@@ -157,6 +162,24 @@ func (f *farm) start(ctx context.Context, t *testing.T, scope fleet.Scope, name 
 		ended <- out.String()
 	}()
 	return ended
+}
+
+// online waits until the runner has opened its session.
+func (f *farm) online(ctx context.Context, t *testing.T, name string) githubtest.Runner {
+	t.Helper()
+	for {
+		changed := f.Changed()
+		for _, r := range f.Runners() {
+			if r.Name == name && r.Online {
+				return r
+			}
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			t.Fatalf("runner %s did not come online", name)
+		}
+	}
 }
 
 // clean asserts that all traffic was as GitHub describes itself.

@@ -23,6 +23,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rsa"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -62,7 +63,8 @@ type Config struct {
 	Poll time.Duration
 	// Senders is how many webhooks are under way at once; 0: 8; with 1 they arrive in order.
 	Senders int
-	// Limit is the number of REST requests an installation has per hour; 0: 5,000.
+	// Limit is the number of REST requests an installation has per hour, for each
+	// resource (core, actions_runner_registration); 0: 5,000.
 	Limit int
 	// Faults is the weather at the start; the zero value is fair. SetFaults changes it.
 	Faults Faults
@@ -120,9 +122,10 @@ type GitHub struct {
 	byClient     map[string]*runner // by OAuth client id
 	tokens       map[string]token   // installation tokens
 	bearers      map[string]bearer  // tokens of the Actions service
-	used         map[int64]*usage   // REST requests by installation
+	used         map[bucket]*usage  // REST requests
 	deliveries   []*delivery        // oldest first
 	outgoing     []*outgoing
+	underWay     int // webhooks that are being sent
 	violations   []string
 	weather      Faults
 	webhook      string
@@ -165,7 +168,7 @@ func New(c Config) (*GitHub, error) {
 		accounts: map[string]*account{}, repositories: map[string]*repository{},
 		runs: map[int64]*run{}, jobs: map[fleet.JobID]*job{},
 		runners: map[runnerKey]*runner{}, byClient: map[string]*runner{},
-		tokens: map[string]token{}, bearers: map[string]bearer{}, used: map[int64]*usage{},
+		tokens: map[string]token{}, bearers: map[string]bearer{}, used: map[bucket]*usage{},
 		nextRunner: map[string]int64{}, requests: map[string]int{},
 		changed: make(chan struct{}), wake: make(chan struct{}, 1),
 	}
@@ -193,7 +196,8 @@ type repository struct {
 	Repository
 	id    int64
 	owner *account
-	short string // the name without the owner
+	short string          // the name without the owner
+	raw   json.RawMessage // object(), written once: it is most of every webhook
 }
 
 // AddRepository makes a repository, and its owner if that is new.
@@ -215,7 +219,13 @@ func (g *GitHub) AddRepository(r Repository) error {
 		}
 		g.accounts[strings.ToLower(login)] = owner
 	}
-	g.repositories[strings.ToLower(r.Name)] = &repository{Repository: r, id: g.id(), owner: owner, short: short}
+	made := &repository{Repository: r, id: g.id(), owner: owner, short: short}
+	raw, err := json.Marshal(made.object())
+	if err != nil {
+		return fmt.Errorf("repository %q: %w", r.Name, err)
+	}
+	made.raw = raw
+	g.repositories[strings.ToLower(r.Name)] = made
 	return nil
 }
 

@@ -151,18 +151,24 @@ func (g *GitHub) WaitIdle(ctx context.Context) error {
 				return false
 			}
 		}
-		for _, d := range g.deliveries {
-			if d.StatusCode == 0 {
-				return false
-			}
-		}
-		return len(g.outgoing) == 0
+		return g.delivered()
 	})
 	if err != nil {
 		return fmt.Errorf("wait until all jobs are completed: %w", err)
 	}
 	return nil
 }
+
+// WaitDelivered waits until every webhook has been answered or dropped.
+func (g *GitHub) WaitDelivered(ctx context.Context) error {
+	if err := g.wait(ctx, g.delivered); err != nil {
+		return fmt.Errorf("wait until all webhooks are delivered: %w", err)
+	}
+	return nil
+}
+
+// delivered reports whether no webhook is under way.
+func (g *GitHub) delivered() bool { return len(g.outgoing) == 0 && g.underWay == 0 }
 
 // Changed is closed at the next change of anything. Take it before looking.
 func (g *GitHub) Changed() <-chan struct{} {

@@ -37,6 +37,29 @@ type runner struct {
 	wake chan struct{} // holds one: there may be a message
 }
 
+// register makes a runner, which is offline until it opens a session.
+func (g *GitHub) register(scope fleet.Scope, name string, group int64, labels fleet.Labels) *runner {
+	in := strings.ToLower(string(scope))
+	g.nextRunner[in]++
+	r := &runner{
+		key: runnerKey{in, g.nextRunner[in]}, id: g.nextRunner[in], name: name, scope: scope, group: group,
+		labels: labels, client: newUUID(g.c.Now()), since: g.c.Now(), wake: make(chan struct{}, 1),
+	}
+	g.runners[r.key], g.byClient[r.client] = r, r
+	g.touch()
+	return r
+}
+
+// taken reports whether a runner of the scope has the name; case does not matter.
+func (g *GitHub) taken(scope fleet.Scope, name string) bool {
+	for _, r := range g.runners {
+		if r.scope == scope && strings.EqualFold(r.name, name) {
+			return true
+		}
+	}
+	return false
+}
+
 // poke wakes the runner's parked request for a message.
 func (r *runner) poke() {
 	select {

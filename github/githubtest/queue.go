@@ -162,7 +162,8 @@ func (g *GitHub) Approve(id fleet.JobID) error {
 	})
 }
 
-// Hold closes the gate of a queued job again: GitHub moves jobs both ways.
+// Hold closes the gate of a queued job again: GitHub moves jobs both ways. Its times
+// have whole seconds, so a gate that moves twice in one second cannot be told apart.
 func (g *GitHub) Hold(id fleet.JobID) error {
 	return g.change(id, "hold", func(j *job) error {
 		if j.status != fleet.JobQueued || j.runner != nil || j.deployment == nil {

@@ -289,27 +289,34 @@ func (g *GitHub) checkJWT(raw string) error {
 	return nil
 }
 
-// usage is how much of its hour an installation has spent.
+// bucket is what requests are counted by.
+type bucket struct {
+	installation int64
+	resource     string
+}
+
+// usage is how much of its hour a bucket has spent.
 type usage struct {
 	used  int
 	reset time.Time
 }
 
-// spend takes one request from the installation's hour, and says so in the headers. An
+// spend takes one request from the bucket's hour, and says so in the headers. An
 // App's own requests are not counted here.
 func (g *GitHub) spend(c *call, h http.Header) *answer {
 	if c.account == nil {
 		return nil
 	}
 	now := g.c.Now()
-	u := g.used[c.account.installation]
-	if u == nil || !now.Before(u.reset) {
-		u = &usage{reset: now.Add(time.Hour)}
-		g.used[c.account.installation] = u
-	}
 	resource := "core"
 	if strings.HasSuffix(c.URL.Path, "/generate-jitconfig") {
-		resource = "actions_runner_registration"
+		resource = "actions_runner_registration" // counted apart, in the same headers
+	}
+	key := bucket{c.account.installation, resource}
+	u := g.used[key]
+	if u == nil || !now.Before(u.reset) {
+		u = &usage{reset: now.Add(time.Hour)}
+		g.used[key] = u
 	}
 	u.used++
 	h.Set("X-RateLimit-Limit", strconv.Itoa(g.c.Limit))

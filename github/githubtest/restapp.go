@@ -106,7 +106,7 @@ func (g *GitHub) listRepositories(c *call) answer {
 }
 
 func (g *GitHub) getRateLimit(c *call) answer {
-	u := g.used[c.account.installation]
+	u := g.used[bucket{c.account.installation, "core"}]
 	core := object{"limit": g.c.Limit, "remaining": max(0, g.c.Limit-u.used), "reset": u.reset.Unix(), "used": u.used}
 	return ok(object{"rate": core, "resources": object{"core": core, "search": core}})
 }

@@ -1,7 +1,6 @@
 package githubtest
 
 import (
-	"cmp"
 	"encoding/json"
 	"fmt"
 	"maps"
@@ -243,23 +242,13 @@ func (g *GitHub) postJIT(c *call) answer {
 	if !hasGroup || (scope.IsRepository() && asked.Group != 1) || !runnerName.MatchString(asked.Name) || len(labels) == 0 {
 		return refuse(http.StatusUnprocessableEntity, "Validation Failed: the runner group, the name or the labels")
 	}
-	for _, r := range g.runners {
-		if r.scope == scope && strings.EqualFold(r.name, asked.Name) {
-			return refuse(http.StatusConflict, "Already exists - A runner with the name *** already exists.")
-		}
+	if g.taken(scope, asked.Name) {
+		return refuse(http.StatusConflict, "Already exists - A runner with the name *** already exists.")
 	}
-	key := strings.ToLower(string(scope))
-	g.nextRunner[key]++
-	r := &runner{
-		key: runnerKey{key, g.nextRunner[key]}, id: g.nextRunner[key], name: asked.Name, scope: scope,
-		group: cmp.Or(asked.Group, 1), labels: labels, client: newUUID(g.c.Now()), since: g.c.Now(),
-		wake: make(chan struct{}, 1),
-	}
+	r := g.register(scope, asked.Name, asked.Group, labels)
 	encoded, err := g.jitConfig(r, c.base)
 	if err != nil {
 		return refuse(http.StatusInternalServerError, err.Error())
 	}
-	g.runners[r.key], g.byClient[r.client] = r, r
-	g.touch()
 	return answer{status: http.StatusCreated, body: object{"runner": r.object(), "encoded_jit_config": encoded}}
 }

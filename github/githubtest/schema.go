@@ -5,7 +5,6 @@ import (
 	"context"
 	"embed"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -26,7 +25,7 @@ var data embed.FS
 type schema struct {
 	router routers.Router
 	basic  *openapi3.Schema              // of error bodies
-	events map[string]*jsonschema.Schema // by event
+	events map[string]*jsonschema.Schema // by event$action
 }
 
 // loadSchema reads the descriptions once per process; they are never changed.
@@ -60,12 +59,11 @@ var loadSchema = sync.OnceValues(func() (*schema, error) {
 	if err := compiler.AddResource("webhooks.json", hooks); err != nil {
 		return nil, fmt.Errorf("webhook schemas: %w", err)
 	}
-	for _, event := range []string{"workflow_job", "installation"} {
-		compiled, err := compiler.Compile("webhooks.json#/definitions/" + event + "_event")
-		if err != nil {
+	for _, action := range []string{"queued", "waiting", "in_progress", "completed"} {
+		event := "workflow_job$" + action // as the document names them
+		if s.events[event], err = compiler.Compile("webhooks.json#/definitions/" + event); err != nil {
 			return nil, fmt.Errorf("webhook schema of %s: %w", event, err)
 		}
-		s.events[event] = compiled
 	}
 	return s, nil
 })
@@ -145,40 +143,19 @@ func (s *schema) errorBody(where string, body []byte) error {
 }
 
 // hook validates a webhook's payload.
-func (s *schema) hook(event string, payload []byte) error {
-	compiled := s.events[event]
+func (s *schema) hook(event, action string, payload []byte) error {
+	compiled := s.events[event+"$"+action]
 	if compiled == nil {
-		return fmt.Errorf("webhook %s: its schema is not known here", event)
+		return fmt.Errorf("webhook %s %s: its schema is not known here", event, action)
 	}
 	value, err := jsonschema.UnmarshalJSON(bytes.NewReader(payload))
 	if err != nil {
-		return fmt.Errorf("webhook %s: %w", event, err)
+		return fmt.Errorf("webhook %s %s: %w", event, action, err)
 	}
 	if err := compiled.Validate(value); err != nil {
-		return fmt.Errorf("webhook %s: %w", event, leaf(err))
+		return fmt.Errorf("webhook %s %s: %w", event, action, err)
 	}
 	return nil
-}
-
-// leaf finds the most telling cause in a tree of schema errors: the deepest place in
-// the payload that one of the alternatives objects to.
-func leaf(err error) error {
-	var tree *jsonschema.ValidationError
-	if !errors.As(err, &tree) {
-		return err
-	}
-	deepest := tree
-	var walk func(*jsonschema.ValidationError)
-	walk = func(e *jsonschema.ValidationError) {
-		if len(e.Causes) == 0 && len(e.InstanceLocation) > len(deepest.InstanceLocation) {
-			deepest = e
-		}
-		for _, cause := range e.Causes {
-			walk(cause)
-		}
-	}
-	walk(tree)
-	return fmt.Errorf("at /%s: %w", strings.Join(deepest.InstanceLocation, "/"), deepest)
 }
 
 // violate records what does not conform.
