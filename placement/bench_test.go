@@ -12,7 +12,8 @@ import (
 
 // large is a fleet as the targets name it: 24 pools with an image each, nodes of two
 // slots of which seven in ten are busy, each with four images ready; jobs of 500
-// repositories in eight job names, half of them with a known duration.
+// repositories in eight job names, half of them with a known duration, some images
+// asked for far more often than others.
 func large(nodes, jobs int) Snapshot {
 	rnd := rand.New(rand.NewPCG(7, 7))
 	s := Snapshot{Now: time.Date(2026, 6, 1, 9, 0, 0, 0, time.UTC), Images: map[string]fleet.Image{}, Running: map[string]int{}}
@@ -28,7 +29,7 @@ func large(nodes, jobs int) Snapshot {
 		n := Node{Reachable: rnd.IntN(100) > 0}
 		n.ID, n.Node.Slots, n.DiskFree, n.PullRate = fleet.NodeID(fmt.Sprintf("mac-%04d", i)), 2, 200e9, 100e6
 		for range 4 {
-			image := s.Images[s.Pools[rnd.IntN(pools)].Image]
+			image := s.Images[s.Pools[4+rnd.IntN(pools-4)].Image] // the four most wanted ones are nowhere
 			if _, has := n.Image(image.Digest); !has {
 				n.Images = append(n.Images, fleet.NodeImage{Digest: image.Digest, State: fleet.ImageReady, DiskBytes: image.DiskBytes})
 			}
@@ -44,7 +45,7 @@ func large(nodes, jobs int) Snapshot {
 	for i := range jobs {
 		repo := rnd.IntN(500)
 		s.Jobs = append(s.Jobs, fleet.Job{ID: fleet.JobID(i + 1), Repository: fmt.Sprintf("acme/repo-%d", repo), Name: fmt.Sprintf("job %d", rnd.IntN(8)),
-			Labels:    fleet.NewLabels("self-hosted", "macos", fmt.Sprintf("image-%d", (repo+rnd.IntN(3))%pools)),
+			Labels:    fleet.NewLabels("self-hosted", "macos", fmt.Sprintf("image-%d", min(repo%pools, rnd.IntN(pools)))),
 			CreatedAt: s.Now.Add(-time.Duration(rnd.IntN(3600)) * time.Second)})
 	}
 	s.Durations = func(repository, name string) (time.Duration, bool) {

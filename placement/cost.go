@@ -16,7 +16,7 @@ const (
 	// DefaultPullRate in bytes per second: half of what 1 GbE carries, since registries
 	// and decoding seldom fill it.
 	DefaultPullRate = 60e6
-	// DefaultGrowth is the disk kept free for one clone to grow, in bytes.
+	// DefaultGrowth is the disk kept free for the clone in each slot to grow, in bytes.
 	DefaultGrowth = 40e9
 )
 
@@ -77,16 +77,6 @@ func remaining(s *Slot, now time.Time) (time.Duration, bool) {
 		left = -left
 	}
 	return max(left, minOverrun), false
-}
-
-// growth is what the pool's clones may grow on a node with that many slots, in bytes:
-// it is kept free of images, and below half of it no VM is placed.
-func growth(pool *fleet.Pool, slots int) int64 {
-	g := pool.Growth
-	if g == 0 {
-		g = DefaultGrowth
-	}
-	return g * int64(slots)
 }
 
 // fits reports whether one VM of the pool could run on the node at all. What is not

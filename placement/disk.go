@@ -14,10 +14,12 @@ import (
 // kept free of images; below half of it no further clone is made. An image that is
 // on its way had its room counted when it was ordered.
 func (p *pass) room(pool *pool, n *node) Reason {
-	r, free := &n.have[pool.image], growth(pool.Pool, len(n.slots))
+	r, free := &n.have[pool.image], pool.growth*int64(len(n.slots))
 	switch {
-	case r.presence == ready && n.in.DiskFree < free/2:
+	case r.presence == ready && n.free < free/2:
 		return ReasonDisk
+	case r.gone:
+		return ReasonDisk // this pass wants it to make room for another
 	case r.presence != absent:
 		return ""
 	case p.images[pool.image].DiskBytes+free > n.total:
@@ -28,15 +30,26 @@ func (p *pass) room(pool *pool, n *node) Reason {
 	return ""
 }
 
-// evictable are the bytes that could be let go on a node.
+// evictable are the bytes that could be let go on a node. They are counted anew only
+// when a choice or an eviction may have changed them.
 func (p *pass) evictable(n *node) int64 {
-	var bytes int64
+	if n.counted == p.evictions+1 {
+		return n.evictable
+	}
+	n.counted, n.evictable = p.evictions+1, 0
 	for i := range n.in.Images {
 		if p.mayGo(n, &n.in.Images[i]) {
-			bytes += n.in.Images[i].DiskBytes
+			n.evictable += n.in.Images[i].DiskBytes
 		}
 	}
-	return bytes
+	return n.evictable
+}
+
+// need keeps an image that a choice rests on from being let go.
+func (p *pass) need(pool *pool, n *node) {
+	if r := &n.have[pool.image]; !r.needed {
+		r.needed, n.counted = true, 0
+	}
 }
 
 // mayGo reports whether an image may leave a node: ready, not leased, no VM made or
@@ -66,15 +79,16 @@ func (p *pass) mayGo(n *node, on *fleet.NodeImage) bool {
 // makeRoom lets images go until the node has room for what was ordered there and for
 // its clones to grow: those of no pool first, then the least recently used.
 func (p *pass) makeRoom(pool *pool, n *node) {
-	free := growth(pool.Pool, len(n.slots))
+	free := pool.growth * int64(len(n.slots))
 	for n.disk < free {
 		victim := p.victim(n)
 		if victim == nil {
 			return
 		}
 		n.disk += victim.DiskBytes
+		p.evictions++
 		if k, known := p.index[victim.Digest]; known {
-			n.have[k] = residence{left: p.images[k].Bytes, disk: p.images[k].DiskBytes}
+			n.have[k] = residence{gone: true}
 			p.images[k].copies--
 		} else {
 			n.gone = append(n.gone, victim.Digest)

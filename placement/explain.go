@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -50,9 +51,9 @@ func (p *pass) class(e *entry) string {
 	case e.pool < 0:
 		return e.job.Repository + " on " + strings.Join(e.job.Labels, ", ")
 	case e.duration == 0:
-		return fmt.Sprintf("%s in pool %s", e.job.Repository, p.pools[e.pool].Name)
+		return e.job.Repository + " in pool " + string(p.pools[e.pool].Name)
 	default:
-		return fmt.Sprintf("%s in pool %s, about %dm", e.job.Repository, p.pools[e.pool].Name, minutes(e.duration))
+		return e.job.Repository + " in pool " + string(p.pools[e.pool].Name) + ", about " + strconv.Itoa(minutes(e.duration)) + "m"
 	}
 }
 
@@ -84,7 +85,7 @@ func (p *pass) runnerUp(pool *pool, choice *candidate) *Option {
 func (p *pass) tabulate(e *entry, pool *pool) {
 	x := &Explanation{Options: make([]Option, 0, len(p.nodes))}
 	for i := range p.nodes {
-		c := p.weigh(pool, i, false)
+		c := p.consider(pool, i)
 		x.Options = append(x.Options, p.option(pool, &c))
 	}
 	slices.SortFunc(x.Options, compareOptions)

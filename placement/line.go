@@ -25,7 +25,7 @@ type entry struct {
 
 // entries looks up pool, repository and duration of every job. Jobs repeat labels and
 // repositories, so PoolFor is asked once for each combination.
-func (p *pass) entries() []entry {
+func (p *pass) entries() []*entry {
 	type answer struct {
 		pool    int
 		scope   fleet.Scope
@@ -34,7 +34,8 @@ func (p *pass) entries() []entry {
 	answers := map[string]answer{}
 	repos := map[string]int{}
 	var key []byte
-	line := make([]entry, len(p.s.Jobs))
+	entries := make([]entry, len(p.s.Jobs))
+	line := make([]*entry, len(p.s.Jobs))
 	for i := range p.s.Jobs {
 		job := &p.s.Jobs[i]
 		key = poolKey(key[:0], job)
@@ -50,8 +51,9 @@ func (p *pass) entries() []entry {
 			running := p.s.Running[job.Repository]
 			p.repos = append(p.repos, repository{bound: running, planned: running})
 		}
-		line[i] = entry{job: job, pool: a.pool, scope: a.scope, refusal: a.refusal, repo: repo, age: age(job, p.s.Now)}
-		p.look(&line[i])
+		line[i] = &entries[i]
+		entries[i] = entry{job: job, pool: a.pool, scope: a.scope, refusal: a.refusal, repo: repo, age: age(job, p.s.Now)}
+		p.look(line[i])
 	}
 	return line
 }
@@ -107,25 +109,25 @@ func older(a, b *entry) int {
 // walk hands every job to take, in the order of the line: those over the wait cap by
 // age; then by priority, within it a job of the repository with the fewest slots at
 // that moment, within that by age; at last those without a pool.
-func (p *pass) walk(line []entry, take func(*entry)) {
-	slices.SortFunc(line, func(a, b entry) int {
+func (p *pass) walk(line []*entry, take func(*entry)) {
+	slices.SortFunc(line, func(a, b *entry) int {
 		switch {
 		case a.pool < 0 != (b.pool < 0):
 			return cmp.Compare(b.pool, a.pool) // -1 last
 		case a.pool < 0:
-			return older(&a, &b)
+			return older(a, b)
 		case a.capped != b.capped:
 			if a.capped {
 				return -1
 			}
 			return 1
 		case a.capped:
-			return older(&a, &b)
+			return older(a, b)
 		}
-		return cmp.Or(cmp.Compare(b.priority, a.priority), strings.Compare(a.job.Repository, b.job.Repository), older(&a, &b))
+		return cmp.Or(cmp.Compare(b.priority, a.priority), strings.Compare(a.job.Repository, b.job.Repository), older(a, b))
 	})
 	for len(line) > 0 {
-		head, end := &line[0], 1
+		head, end := line[0], 1
 		if head.capped || head.pool < 0 {
 			take(head)
 			line = line[1:]
@@ -140,7 +142,7 @@ func (p *pass) walk(line []entry, take func(*entry)) {
 }
 
 // walkFairly takes jobs of one priority, sorted by repository and age.
-func (p *pass) walkFairly(line []entry, take func(*entry)) {
+func (p *pass) walkFairly(line []*entry, take func(*entry)) {
 	q := turns{p: p}
 	for start := 0; start < len(line); {
 		end := start + 1
@@ -152,7 +154,7 @@ func (p *pass) walkFairly(line []entry, take func(*entry)) {
 	}
 	heap.Init(&q)
 	for len(q.of) > 0 {
-		take(&q.of[0][0])
+		take(q.of[0][0])
 		if q.of[0] = q.of[0][1:]; len(q.of[0]) == 0 {
 			heap.Pop(&q)
 		} else {
@@ -165,14 +167,14 @@ func (p *pass) walkFairly(line []entry, take func(*entry)) {
 // the first one's count changes between two turns.
 type turns struct {
 	p  *pass
-	of [][]entry
+	of [][]*entry
 }
 
 func (q *turns) Len() int      { return len(q.of) }
 func (q *turns) Swap(i, j int) { q.of[i], q.of[j] = q.of[j], q.of[i] }
-func (q *turns) Push(x any)    { q.of = append(q.of, x.([]entry)) }
+func (q *turns) Push(x any)    { q.of = append(q.of, x.([]*entry)) }
 func (q *turns) Less(i, j int) bool {
-	a, b := &q.of[i][0], &q.of[j][0]
+	a, b := q.of[i][0], q.of[j][0]
 	return cmp.Or(cmp.Compare(q.p.repos[a.repo].planned, q.p.repos[b.repo].planned), older(a, b)) < 0
 }
 func (q *turns) Pop() any {

@@ -130,7 +130,7 @@ func (p *pass) patient(pool *pool) (candidate, bool) {
 		ni := pool.unknown[0]
 		n := &p.nodes[ni]
 		i := n.unknownSlot()
-		if i < 0 || n.have[pool.image].presence != ready || p.refuses(pool, n) != "" {
+		if i < 0 || n.have[pool.image].presence != ready || pool.heap.place[ni] < 0 {
 			pool.unknown = pool.unknown[1:]
 			continue
 		}
@@ -147,8 +147,7 @@ func (p *pass) settle(e *entry, pool *pool, o *outcome) {
 		return
 	}
 	c := &o.choice
-	n := &p.nodes[c.node]
-	n.have[pool.image].needed = true
+	p.need(pool, &p.nodes[c.node])
 	pool.planned++
 	p.repos[e.repo].planned++
 	if o.bound {
@@ -262,7 +261,7 @@ func (p *pass) keepIdle() {
 			if !found || c.wait > 0 {
 				break // no slot is free
 			}
-			p.nodes[c.node].have[pool.image].needed = true
+			p.need(pool, &p.nodes[c.node])
 			pool.planned++
 			if c.image == 0 {
 				p.bind(pool, &c, 0)

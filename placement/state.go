@@ -28,6 +28,8 @@ type pass struct {
 	owned   []bool           // by decision: its Refusals are not shared
 	ahead   int              // jobs planned so far
 
+	evictions int // images let go so far
+
 	// watch is the job that Explain asks about; 0: none. seen is its table.
 	watch fleet.JobID
 	seen  *Explanation
@@ -48,9 +50,10 @@ type image struct {
 // pool is a pool with its nodes in the order of their cost.
 type pool struct {
 	*fleet.Pool
-	image          int // index into pass.images; -1: unresolved
-	bound, planned int // its VMs, and with those only reserved
-	idle           int // VMs without a job that are warm or on their way
+	image          int   // index into pass.images; -1: unresolved
+	growth         int64 // bytes kept free for each slot
+	bound, planned int   // its VMs, and with those only reserved
+	idle           int   // VMs without a job that are warm or on their way
 	heap           candidates
 	refusals       map[Reason]int
 	// cheapest is the shortest time in which some node would have the image by a pull,
@@ -65,13 +68,17 @@ type node struct {
 	in    *Node
 	rate  int64 // bytes per second
 	queue int64 // bytes on the wire of the demand pulls before a new one
-	disk  int64 // bytes left, less what ordered images are still to fill; may be negative
+	free  int64 // bytes left on the disk
+	disk  int64 // the same, less what ordered images are still to fill; may be negative
 	total int64 // bytes that the image store has in all: what is left and what images fill
 	used  int   // slots used, bound or reserved
 	slots []slot
 	have  []residence    // by image
 	gone  []fleet.Digest // images of no pool that this pass lets go
-	tie   time.Duration
+
+	evictable int64 // see the function of that name
+	counted   int   // 1 + pass.evictions when it was counted; 0: not yet
+	tie       time.Duration
 }
 
 // slot is one of a node's slots, free or used.
@@ -104,6 +111,7 @@ type residence struct {
 	failed   bool  // and not yet to be tried again
 	demand   bool  // ordered for a job before this pass
 	needed   bool  // a choice of this pass rests on it
+	gone     bool  // let go by this pass
 	held     int   // 1 + index into plan.Hold; 0: not in it
 	left     int64 // bytes on the wire still to come
 	disk     int64 // bytes on the disk still to be filled
@@ -124,7 +132,7 @@ func newPass(s *Snapshot, watch fleet.JobID) *pass {
 	slices.SortFunc(order, func(a, b *Node) int { return strings.Compare(string(a.ID), string(b.ID)) })
 	used, slots := 0, 0
 	for i, n := range order {
-		p.nodes[i] = node{in: n, rate: n.PullRate, disk: n.DiskFree, total: n.DiskFree, used: len(n.Slots),
+		p.nodes[i] = node{in: n, rate: n.PullRate, free: n.DiskFree, disk: n.DiskFree, total: n.DiskFree, used: len(n.Slots),
 			have: have[i*len(p.images) : (i+1)*len(p.images) : (i+1)*len(p.images)],
 			tie:  min(failureCost*time.Duration(n.Failures), maxFailureCost)}
 		if n.PullRate <= 0 {
@@ -146,7 +154,7 @@ func (p *pass) indexPools() {
 	p.index = make(map[fleet.Digest]int, len(p.s.Pools))
 	p.pools = make([]pool, len(p.s.Pools))
 	for i := range p.s.Pools {
-		p.pools[i] = pool{Pool: &p.s.Pools[i], image: -1}
+		p.pools[i] = pool{Pool: &p.s.Pools[i], image: -1, growth: cmp.Or(p.s.Pools[i].Growth, DefaultGrowth)}
 		resolved, ok := p.s.Images[p.s.Pools[i].Image]
 		if !ok {
 			continue

@@ -20,7 +20,8 @@ func (c *candidate) now() bool { return c.refusal == "" && c.wait == 0 && c.imag
 // ready is the time until the guest answers.
 func (p *pass) ready(c *candidate) time.Duration { return max(c.wait, c.image) + p.boot }
 
-// weigh is the formula: one node for a job of one pool, as things stand in this pass.
+// weigh is the formula: one node for a job of one pool, as things stand in this pass;
+// what refuses does not say is left to the caller.
 // Strict leaves out what is reserved and what another pool keeps idle: for VMs that no
 // job waits for. Within a pass the cost of a node only grows, except that an
 // ordered image loses the weight of its pull (see order), and strict only adds to it;
@@ -28,7 +29,7 @@ func (p *pass) ready(c *candidate) time.Duration { return max(c.wait, c.image) +
 func (p *pass) weigh(pool *pool, ni int, strict bool) candidate {
 	n := &p.nodes[ni]
 	c := candidate{node: ni}
-	if c.refusal = p.refuses(pool, n); c.refusal != "" {
+	if c.refusal = p.room(pool, n); c.refusal != "" {
 		return c
 	}
 	r := &n.have[pool.image]
@@ -72,7 +73,8 @@ func (n *node) pick(imageReady, strict bool) (int, time.Duration) {
 	return best, wait
 }
 
-// refuses says why the node is no option for the pool at all; empty: it is one.
+// refuses says why the node is no option for the pool in all of this pass; empty: it
+// may be one.
 func (p *pass) refuses(pool *pool, n *node) Reason {
 	switch {
 	case !n.in.Reachable:
@@ -88,7 +90,15 @@ func (p *pass) refuses(pool *pool, n *node) Reason {
 	case n.have[pool.image].failed:
 		return ReasonImageFailed
 	}
-	return p.room(pool, n)
+	return ""
+}
+
+// consider is refuses and weigh.
+func (p *pass) consider(pool *pool, ni int) candidate {
+	if r := p.refuses(pool, &p.nodes[ni]); r != "" {
+		return candidate{node: ni, refusal: r}
+	}
+	return p.weigh(pool, ni, false)
 }
 
 // fill weighs every node for the pool: once per pass, when its first job comes.
@@ -99,7 +109,7 @@ func (p *pass) fill(pool *pool) {
 	pool.refusals = map[Reason]int{}
 	pool.heap = newCandidates(len(p.nodes))
 	for i := range p.nodes {
-		c := p.weigh(pool, i, false)
+		c := p.consider(pool, i)
 		if c.refusal != "" {
 			pool.refusals[c.refusal]++
 			continue
