@@ -35,7 +35,7 @@ func TestParseReference(t *testing.T) {
 		}
 	}
 	for _, text := range []string{
-		"", "macos", "macos:latest", "cirruslabs/macos:latest", "ghcr.io/", "ghcr.io/../../etc:x", "ghcr.io/UPPER:x",
+		"", "macos", "macos:latest", "cirruslabs/macos:latest", "ghcr.io/", "../x", "-a.b/c", "a.b:port/c", "ghcr.io/../../etc:x", "ghcr.io/UPPER:x",
 		"ghcr.io/a:b:c", "ghcr.io/a@sha256:short", "ghcr.io/a@sha512:" + strings.Repeat("a", 128), "https://ghcr.io/a:b",
 		"user:secret@ghcr.io/a:b", "ghcr.io/a:" + strings.Repeat("x", 300), "ghcr.io/a b:c",
 	} {

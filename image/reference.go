@@ -23,6 +23,9 @@ type Reference struct {
 // go-containerregistry's: no empty component, no "..".
 var repositoryPattern = regexp.MustCompile(`^[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*$`)
 
+// hostPattern is a DNS name, an IPv4 or a bracketed IPv6 address, with or without a port.
+var hostPattern = regexp.MustCompile(`^([a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(:[0-9]+)?$`)
+
 // ParseReference reads "host[:port]/repository[:tag][@sha256:…]". The host must be
 // there, since a fleet that guesses a registry pulls from the wrong one; a missing tag
 // is "latest". With a digest, the tag is only for people.
@@ -35,7 +38,7 @@ func ParseReference(s string) (Reference, error) {
 		}
 	}
 	host, path, slash := strings.Cut(rest, "/")
-	if !slash || !strings.ContainsAny(host, ".:") && host != "localhost" {
+	if !slash || !hostPattern.MatchString(host) || !strings.ContainsAny(host, ".:") && host != "localhost" {
 		return Reference{}, fmt.Errorf("image %q names no registry host; %s", s, hint)
 	}
 	tag, err := name.NewTag(rest, name.WeakValidation)

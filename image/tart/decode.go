@@ -236,7 +236,8 @@ func (d *decoder) finish() error {
 func (d *decoder) fill(b []byte) error {
 	n, err := io.ReadFull(d.r, b)
 	d.read += int64(n)
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+	// Compared as they are: a reader's own error that wraps one of them is its own.
+	if err == io.EOF || err == io.ErrUnexpectedEOF {
 		return damage{ErrTruncated}
 	}
 	return err

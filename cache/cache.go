@@ -1,0 +1,268 @@
+// Package cache keeps VM images on this node's disk: it fetches, verifies, leases,
+// clones and evicts them.
+//
+// It knows no jobs and no VMs (a lease has a holder, which is just a name), decides
+// neither what to hold nor what to evict (the leader does), and speaks no network
+// protocol: bytes come through a Fetcher, of which cache/registry is one. Called by
+// node, and by the CLI's image commands.
+//
+// The directory:
+//
+//	lock                      held (flock) while a process has the store open
+//	images/<hex>/             ready images, by the hex of their manifest digest
+//	    manifest.json         as the registry gave it, byte for byte
+//	    disk.img              the decoded disk; zeros are holes
+//	    nvram.bin config.json
+//	    image.json            the reference it was ordered by; its mtime is the last use
+//	partial/<hex>/            the same while it is being pulled, and
+//	    journal               a line per finished blob or chunk, written after its fsync
+//	leases/<hex>/h-<holder>   one empty file per lease
+//	trash/<hex>.<random>      on its way out; emptied at the next start
+//
+// An image is published by fsync of all its files and one rename of its directory from
+// partial to images, and leaves by one rename to trash: so at any instant of a crash it
+// is there in full or not at all. Partial work is keyed by manifest digest, never by
+// tag: a tag that moves cannot mix two images.
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/image"
+	"github.com/paddock-ci/paddock/image/tart"
+)
+
+// Fetcher brings bytes from where images come from. It is safe for concurrent use, and
+// retries by itself what is worth retrying at once; its errors are *Error with a Class,
+// others count as ClassNetwork. It need not verify digests.
+type Fetcher interface {
+	// Manifest returns the bytes of manifest d in the repository of ref
+	// (host/repository:tag).
+	Manifest(ctx context.Context, ref string, d fleet.Digest) ([]byte, error)
+	// Blob opens a blob of that repository, from its first byte to its last. The
+	// reader picks up a lost connection where it broke.
+	Blob(ctx context.Context, ref string, b image.Blob) (io.ReadCloser, error)
+}
+
+// Config says how to open a store.
+type Config struct {
+	// Dir is made if it does not exist. Its file system should know sparse files, and
+	// clones are free if it knows reflinks. Required.
+	Dir string
+	// Fetcher is where images come from. Required for Pull; nil: what is there can be used.
+	Fetcher Fetcher
+	// Codecs are the image formats; nil: Tart's.
+	Codecs []image.Codec
+	// Streams is how many chunks of an image are fetched at once; 0: 8, which was 1.4
+	// times faster than 4 against public registries.
+	Streams int
+	// Backoff is how long after its first failure a pull may be tried again, doubled for
+	// each further one up to 64 times that; 0: 5 s.
+	Backoff time.Duration
+	// Log gets decisions: what was recovered, published, evicted, and failed; nil: none.
+	Log *slog.Logger
+}
+
+// Store is an image store that this process has locked. It is safe for concurrent use.
+type Store struct {
+	dir     layout
+	fetcher Fetcher
+	codecs  []image.Codec
+	streams int
+	backoff time.Duration
+	log     *slog.Logger
+	lock    *os.File
+	meter   meter
+
+	mu       sync.Mutex
+	images   map[fleet.Digest]*entry
+	turns    []*turn // pulls under way, see reorder
+	arrivals int64   // counts them, so that equals go in order
+	leases   int64   // counts leases, so that a stale release is told from a live one
+	changed  chan struct{}
+	told     time.Time // when changed was last closed
+}
+
+// Open locks the store, removes what a crash left half done and cannot be resumed, and
+// lists the rest. It fails with ErrInUse when another process has it open.
+func Open(cfg Config) (*Store, error) {
+	if cfg.Dir == "" {
+		return nil, errors.New("image store: no directory given; set the cache directory")
+	}
+	if cfg.Streams < 0 || cfg.Backoff < 0 {
+		return nil, fmt.Errorf("image store: streams %d and backoff %s must not be negative", cfg.Streams, cfg.Backoff)
+	}
+	s := &Store{
+		dir: layout(cfg.Dir), fetcher: cfg.Fetcher, codecs: cfg.Codecs, streams: cfg.Streams,
+		backoff: cfg.Backoff, log: cfg.Log,
+		images: make(map[fleet.Digest]*entry), changed: make(chan struct{}),
+	}
+	if s.codecs == nil {
+		s.codecs = []image.Codec{tart.Codec{}}
+	}
+	if s.streams == 0 {
+		s.streams = 8
+	}
+	if s.backoff == 0 {
+		s.backoff = 5 * time.Second
+	}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	if err := s.dir.make(); err != nil {
+		return nil, fmt.Errorf("making the image store: %w", err)
+	}
+	lock, err := s.dir.lock()
+	if err != nil {
+		return nil, err
+	}
+	s.lock = lock
+	if err := s.recover(); err != nil {
+		_ = lock.Close()
+		return nil, fmt.Errorf("recovering the image store %s: %w", cfg.Dir, err)
+	}
+	return s, nil
+}
+
+// Close unlocks the store. Pulls under way must have ended.
+func (s *Store) Close() error { return s.lock.Close() }
+
+// List returns every image that is here or under way, sorted by digest.
+func (s *Store) List() []fleet.NodeImage {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	list := make([]fleet.NodeImage, 0, len(s.images))
+	for _, e := range s.images {
+		if e.State != "" {
+			list = append(list, e.report())
+		}
+	}
+	slices.SortFunc(list, func(a, b fleet.NodeImage) int {
+		return strings.Compare(string(a.Digest), string(b.Digest))
+	})
+	return list
+}
+
+// Changed returns a channel that is closed at the next change of List: at once for a
+// state or a lease, at most every 500 ms for progress.
+func (s *Store) Changed() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.changed
+}
+
+// progressEvery is how often at most progress alone wakes those who watch Changed.
+const progressEvery = 500 * time.Millisecond
+
+// notify closes Changed's channel; s.mu is held.
+func (s *Store) notify() {
+	close(s.changed)
+	s.changed, s.told = make(chan struct{}), time.Now()
+}
+
+// progress notifies of bytes that moved.
+func (s *Store) progress(n int) {
+	s.meter.add(int64(n))
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if time.Since(s.told) >= progressEvery {
+		s.notify()
+	}
+}
+
+// Rate is what recent pulls moved over the wire, in bytes per second; 0: unknown.
+func (s *Store) Rate() int64 { return s.meter.value() }
+
+// Free is what the store's file system has left for us, in bytes.
+func (s *Store) Free() (int64, error) {
+	var stat unix.Statfs_t
+	if err := unix.Statfs(string(s.dir), &stat); err != nil {
+		return 0, fmt.Errorf("asking for the free space of %s: %w", s.dir, err)
+	}
+	return int64(stat.Bavail) * int64(stat.Bsize), nil
+}
+
+// Path is the directory of a ready image, whose files must not be written to.
+func (s *Store) Path(d fleet.Digest) (string, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e := s.images[d]; e == nil || e.State != fleet.ImageReady {
+		return "", fmt.Errorf("image %s: %w", d.Short(), ErrNotReady)
+	}
+	return s.dir.image(d), nil
+}
+
+// meter measures bytes per second over the time in which a pull is active.
+type meter struct {
+	mu     sync.Mutex
+	bytes  int64         // since the last sample
+	spent  time.Duration // active time since the last sample, up to since
+	since  time.Time     // zero: nothing is active
+	rate   float64       // bytes per second, smoothed over samples
+	sample time.Duration // of the last one
+}
+
+// sampleTime is how much active time makes a sample, and sampleWeight what a new one
+// counts: after about ten seconds a changed link is believed.
+const (
+	sampleTime   = 2 * time.Second
+	sampleWeight = 0.3
+)
+
+func (m *meter) add(n int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.bytes += n
+	if !m.since.IsZero() && m.spent+time.Since(m.since) >= sampleTime {
+		m.fold()
+	}
+}
+
+// run starts and stops the clock; a stop folds what there is, so that a fast pull of a
+// small image is measured too.
+func (m *meter) run(active bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case active && m.since.IsZero():
+		m.since = time.Now()
+	case !active && !m.since.IsZero():
+		m.fold()
+		m.since = time.Time{}
+	}
+}
+
+// fold takes a sample; m.mu is held and the clock runs.
+func (m *meter) fold() {
+	now := time.Now()
+	m.spent += now.Sub(m.since)
+	m.since = now
+	if m.bytes == 0 || m.spent <= 0 {
+		return
+	}
+	sample := float64(m.bytes) / m.spent.Seconds()
+	if m.rate == 0 {
+		m.rate = sample
+	} else {
+		m.rate += sampleWeight * (sample - m.rate)
+	}
+	m.bytes, m.spent = 0, 0
+}
+
+func (m *meter) value() int64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return int64(m.rate)
+}

@@ -1,0 +1,528 @@
+package cache_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/paddock-ci/paddock/cache"
+	"github.com/paddock-ci/paddock/cache/registry"
+	"github.com/paddock-ci/paddock/cache/registrytest"
+	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/image"
+	"github.com/paddock-ci/paddock/image/tart"
+)
+
+// chunkSize is small, and a multiple of the 4 KiB in which holes are looked for.
+const chunkSize = 128 << 10
+
+// world is a registry on loopback and a store that pulls from it.
+type world struct {
+	reg   *registrytest.Registry
+	host  string
+	dir   string
+	store *cache.Store
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	w := &world{reg: registrytest.New(), dir: t.TempDir()}
+	server := httptest.NewServer(w.reg)
+	t.Cleanup(server.Close)
+	t.Cleanup(w.reg.Heal) // before Close, which waits for hanging requests
+	w.host = strings.TrimPrefix(server.URL, "http://")
+	w.store = openStore(t, w.dir, 0)
+	return w
+}
+
+// openStore opens a store on a client that tries thrice, quickly.
+func openStore(t *testing.T, dir string, streams int) *cache.Store {
+	t.Helper()
+	client, err := registry.New(registry.Config{Tries: 3, Pause: time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	store, err := cache.Open(cache.Config{Dir: dir, Fetcher: client, Streams: streams, Backoff: time.Nanosecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = store.Close() }) // some tests have closed it already
+	return store
+}
+
+// push makes an image at the registry and returns the order to hold it, the bytes of its
+// disk and its manifest.
+func (w *world) push(t *testing.T, name, pattern string) (fleet.Hold, []byte, *image.Manifest) {
+	t.Helper()
+	src := registrytest.Source(pattern, chunkSize)
+	disk, err := io.ReadAll(src.Disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	src.Disk = bytes.NewReader(disk)
+	d, err := w.reg.Push(t.Context(), "test/"+name, "v1", src)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := fleet.Hold{Digest: d, Ref: w.host + "/test/" + name + ":v1"}
+	return h, disk, w.manifest(t, h)
+}
+
+// manifest asks the registry for an image's manifest, and forgets that it was asked.
+func (w *world) manifest(t *testing.T, h fleet.Hold) *image.Manifest {
+	t.Helper()
+	client, err := registry.New(registry.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := client.Manifest(t.Context(), h.Ref, h.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, _, err := image.Parse(raw, []image.Codec{tart.Codec{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.reg.Reset()
+	return m
+}
+
+// checkDisk compares a ready image's disk with what was pushed.
+func checkDisk(t *testing.T, s *cache.Store, d fleet.Digest, want []byte) {
+	t.Helper()
+	path, err := s.Path(d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile(filepath.Join(path, "disk.img"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Errorf("the disk differs from what was pushed (%d bytes, want %d)", len(got), len(want))
+	}
+}
+
+// only returns the single image of a store.
+func only(t *testing.T, s *cache.Store) fleet.NodeImage {
+	t.Helper()
+	list := s.List()
+	if len(list) != 1 {
+		t.Fatalf("%d images are listed; want 1: %+v", len(list), list)
+	}
+	return list[0]
+}
+
+// published counts the images under images/.
+func published(t *testing.T, dir string) int {
+	t.Helper()
+	names, err := os.ReadDir(filepath.Join(dir, "images"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(names)
+}
+
+// allocated is the disk space of a file.
+func allocated(t *testing.T, path string) int64 {
+	t.Helper()
+	var stat syscall.Stat_t
+	if err := syscall.Stat(path, &stat); err != nil {
+		t.Fatal(err)
+	}
+	return stat.Blocks * 512
+}
+
+// An image of seven chunks, of which two are zero and two the same: three are asked for,
+// once each, and the disk is right and sparse.
+func TestPull(t *testing.T) {
+	w := newWorld(t)
+	hold, disk, m := w.push(t, "base", "ab0a0cb")
+	if err := w.store.Pull(t.Context(), hold); err != nil {
+		t.Fatal(err)
+	}
+	checkDisk(t, w.store, hold.Digest, disk)
+
+	counts := w.reg.Counts()
+	want := map[fleet.Digest]int{hold.Digest: 1, m.Config.Digest: 1, m.NVRAM.Digest: 1}
+	for _, c := range m.Distinct() {
+		want[c.Blob] = 1
+	}
+	if len(m.Distinct()) != 3 || len(counts.Requests) != len(want) {
+		t.Errorf("%d distinct chunks, asked for %d things; want 3, %d", len(m.Distinct()), len(counts.Requests), len(want))
+	}
+	for d, n := range counts.Requests {
+		if n != want[d] {
+			t.Errorf("%s was asked for %d times; want %d", d.Short(), n, want[d])
+		}
+	}
+	i := only(t, w.store)
+	if i.State != fleet.ImageReady || i.Digest != hold.Digest || i.Ref != hold.Ref || i.DiskBytes == 0 {
+		t.Errorf("listed as %+v", i)
+	}
+	// Of five chunks with content three quarters are not zero; half a chunk is for slack.
+	if most := int64(5*chunkSize*3/4 + chunkSize/2); i.DiskBytes > most {
+		t.Errorf("%d bytes on disk; want at most %d: holes were written", i.DiskBytes, most)
+	}
+	if w.store.Rate() <= 0 {
+		t.Error("the rate of the pull was not measured")
+	}
+	// Another pull of what is here asks for nothing.
+	w.reg.Reset()
+	if err := w.store.Pull(t.Context(), hold); err != nil {
+		t.Fatal(err)
+	}
+	if n, _ := w.reg.Counts().Total(); n != 0 {
+		t.Errorf("a pull of a ready image made %d requests", n)
+	}
+}
+
+// Eight calls at once are one pull.
+func TestPullShared(t *testing.T) {
+	w := newWorld(t)
+	hold, disk, m := w.push(t, "base", "abcdef")
+	var calls sync.WaitGroup
+	for range 8 {
+		calls.Go(func() {
+			if err := w.store.Pull(t.Context(), hold); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	calls.Wait()
+	checkDisk(t, w.store, hold.Digest, disk)
+	if n, _ := w.reg.Counts().Total(); n != 3+len(m.Distinct()) {
+		t.Errorf("%d requests; want %d", n, 3+len(m.Distinct()))
+	}
+}
+
+// A store opened again has the image, its reference and its last use.
+func TestReopen(t *testing.T) {
+	w := newWorld(t)
+	hold, disk, _ := w.push(t, "base", "ab0")
+	if err := w.store.Pull(t.Context(), hold); err != nil {
+		t.Fatal(err)
+	}
+	before := only(t, w.store)
+	if err := w.store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	again := openStore(t, w.dir, 0)
+	after := only(t, again)
+	if after.State != fleet.ImageReady || after.Ref != before.Ref || after.DiskBytes != before.DiskBytes {
+		t.Errorf("listed as %+v; was %+v", after, before)
+	}
+	checkDisk(t, again, hold.Digest, disk)
+}
+
+// Whatever is wrong with an image or on the way: the error says what and where, has the
+// right class, nothing is published, and the store is no worse for it.
+func TestPullRefusals(t *testing.T) {
+	tests := []struct {
+		name  string
+		spoil func(w *world, m *image.Manifest)
+		class cache.Class
+		text  string
+	}{
+		{"wrong byte in a chunk", func(w *world, m *image.Manifest) {
+			w.reg.Break(m.Chunks[1].Blob, registrytest.Fault{Kind: registrytest.WrongByte, At: 5000})
+		}, cache.ClassDigest, "layer 2 (disk offset 131072"},
+		{"wrong byte in the header of a chunk", func(w *world, m *image.Manifest) {
+			w.reg.Break(m.Chunks[1].Blob, registrytest.Fault{Kind: registrytest.WrongByte, At: 0})
+		}, cache.ClassDigest, "no Apple-LZ4 block begins here"},
+		{"wrong byte in the config", func(w *world, m *image.Manifest) {
+			w.reg.Break(m.Config.Digest, registrytest.Fault{Kind: registrytest.WrongByte})
+		}, cache.ClassDigest, "VM config"},
+		{"wrong byte in the NVRAM", func(w *world, m *image.Manifest) {
+			w.reg.Break(m.NVRAM.Digest, registrytest.Fault{Kind: registrytest.WrongByte})
+		}, cache.ClassDigest, "NVRAM"},
+		{"truncated layer", func(w *world, m *image.Manifest) {
+			w.reg.Break(m.Chunks[0].Blob, registrytest.Fault{Kind: registrytest.Truncate, At: 1000})
+		}, cache.ClassDigest, "truncated or wrong layer: the registry has 1000 bytes"},
+		{"missing layer", func(w *world, m *image.Manifest) {
+			w.reg.Break(m.Chunks[0].Blob, registrytest.Fault{Kind: registrytest.Refuse, Status: 404})
+		}, cache.ClassNotFound, "layer 1"},
+		{"no access to a layer", func(w *world, m *image.Manifest) {
+			w.reg.Break(m.Chunks[0].Blob, registrytest.Fault{Kind: registrytest.Refuse, Status: 403})
+		}, cache.ClassAuth, "docker login"},
+		{"overloaded for ever", func(w *world, m *image.Manifest) {
+			w.reg.Break(m.Chunks[0].Blob, registrytest.Fault{Kind: registrytest.Refuse, Status: 503})
+		}, cache.ClassNetwork, "503"},
+		{"asked to wait for an hour", func(w *world, m *image.Manifest) {
+			w.reg.Break(m.Chunks[0].Blob, registrytest.Fault{Kind: registrytest.Refuse, Status: 429, RetryAfter: "3600"})
+		}, cache.ClassNetwork, "429"},
+		{"always cut at the same byte", func(w *world, m *image.Manifest) {
+			w.reg.Break(m.Chunks[0].Blob, registrytest.Fault{Kind: registrytest.Drop, At: 30_000})
+		}, cache.ClassNetwork, "after 30000 of"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			w := newWorld(t)
+			hold, disk, m := w.push(t, "base", "ab0c")
+			test.spoil(w, m)
+			err := w.store.Pull(t.Context(), hold)
+			w.checkRefused(t, err, test.class, test.text)
+			// Once the registry is well again, so is the pull.
+			w.reg.Heal()
+			if err := w.store.Pull(t.Context(), hold); err != nil {
+				t.Fatal(err)
+			}
+			checkDisk(t, w.store, hold.Digest, disk)
+		})
+	}
+}
+
+// checkRefused checks the outcome of a pull that must fail.
+func (w *world) checkRefused(t *testing.T, err error, class cache.Class, text string) {
+	t.Helper()
+	var failure *cache.Error
+	if !errors.As(err, &failure) || failure.Class != class || !strings.Contains(err.Error(), text) {
+		t.Errorf("got %v (class %s); want class %s with %q", err, cache.ClassOf(err), class, text)
+	}
+	if n := published(t, w.dir); n != 0 {
+		t.Errorf("%d images were published", n)
+	}
+	i := only(t, w.store)
+	if i.State != fleet.ImageFailed || i.Class != string(class) || i.Error == "" || i.RetryAt.IsZero() {
+		t.Errorf("listed as %+v", i)
+	}
+	if _, err := w.store.Lease(i.Digest, "vm"); !errors.Is(err, cache.ErrNotReady) {
+		t.Errorf("a lease of it gives %v; want %v", err, cache.ErrNotReady)
+	}
+}
+
+// Images that are bad as they were pushed. Each is a good one with its manifest changed.
+func TestPullBadImages(t *testing.T) {
+	const content = "org.cirruslabs.tart.uncompressed-content-digest"
+	const size = "org.cirruslabs.tart.uncompressed-size"
+	put := func(w *world, t *testing.T, data string) (fleet.Digest, int64) {
+		d, err := w.reg.PutBlob(t.Context(), []byte(data))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d, int64(len(data))
+	}
+	tests := []struct {
+		name  string
+		spoil func(w *world, t *testing.T, doc *image.Document)
+		class cache.Class
+		text  string
+	}{
+		{"missing annotation", func(_ *world, _ *testing.T, doc *image.Document) { delete(doc.Layers[2].Annotations, content) }, cache.ClassFormat, "layer 2: missing annotation"},
+		{"unknown media type", func(_ *world, _ *testing.T, doc *image.Document) { doc.Layers[2].MediaType = "x/y" }, cache.ClassFormat, `layer 2: unknown media type "x/y"`},
+		{"stacked", func(_ *world, _ *testing.T, doc *image.Document) {
+			doc.Layers[2].MediaType = "application/vnd.cirruslabs.tart.disk.asif.overlay.v1"
+		}, cache.ClassFormat, "stacked images"},
+		{"content digest of something else", func(_ *world, _ *testing.T, doc *image.Document) {
+			doc.Layers[1].Annotations[content] = string(doc.Layers[1].Digest)
+		}, cache.ClassDigest, "the image was pushed wrongly"},
+		{"layer larger than it says", func(_ *world, _ *testing.T, doc *image.Document) {
+			doc.Layers[1].Annotations[size] = "131000"
+			delete(doc.Annotations, "org.cirruslabs.tart.uncompressed-disk-size")
+		}, cache.ClassFormat, "stream holds more than"},
+		{"layer smaller than it says", func(_ *world, _ *testing.T, doc *image.Document) {
+			doc.Layers[1].Annotations[size] = "140000"
+			delete(doc.Annotations, "org.cirruslabs.tart.uncompressed-disk-size")
+		}, cache.ClassFormat, "stream holds less than"},
+		{"sums differ", func(_ *world, _ *testing.T, doc *image.Document) { doc.Layers[1].Annotations[size] = "140000" }, cache.ClassFormat, "add up to"},
+		{"a layer that is no stream", func(w *world, t *testing.T, doc *image.Document) {
+			doc.Layers[1].Digest, doc.Layers[1].Size = put(w, t, "this is not an Apple-LZ4 stream")
+		}, cache.ClassFormat, `at compressed offset 0 (decoded offset 0): no Apple-LZ4 block begins here: found "this"`},
+		{"an asif disk", func(w *world, t *testing.T, doc *image.Document) {
+			doc.Layers[0].Digest, doc.Layers[0].Size = put(w, t, `{"version":1,"os":"linux","diskFormat":"asif"}`)
+		}, cache.ClassFormat, "asif format are not supported"},
+		{"a config that is none", func(w *world, t *testing.T, doc *image.Document) {
+			doc.Layers[0].Digest, doc.Layers[0].Size = put(w, t, `../../etc/passwd`)
+		}, cache.ClassFormat, "VM config"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			w := newWorld(t)
+			_, _, m := w.push(t, "base", "ab0c")
+			doc, err := image.ParseDocument(m.Raw)
+			if err != nil {
+				t.Fatal(err)
+			}
+			test.spoil(w, t, doc)
+			raw, err := json.Marshal(doc)
+			if err != nil {
+				t.Fatal(err)
+			}
+			d, err := w.reg.PutManifest(t.Context(), "test/bad", "v1", image.MediaTypeManifest, raw)
+			if err != nil {
+				t.Fatal(err)
+			}
+			err = w.store.Pull(t.Context(), fleet.Hold{Digest: d, Ref: w.host + "/test/bad:v1"})
+			w.checkRefused(t, err, test.class, test.text)
+		})
+	}
+}
+
+// Orders that make no sense are refused before any request or file.
+func TestPullBadOrders(t *testing.T) {
+	w := newWorld(t)
+	hold, _, _ := w.push(t, "base", "a")
+	for _, h := range []fleet.Hold{
+		{Digest: "sha256:../../../../tmp/x", Ref: hold.Ref},
+		{Digest: "", Ref: hold.Ref},
+		{Digest: hold.Digest, Ref: "../x"},
+		{Digest: hold.Digest, Ref: ""},
+	} {
+		if err := w.store.Pull(t.Context(), h); cache.ClassOf(err) != cache.ClassFormat {
+			t.Errorf("%+v: got %v; want class %s", h, err, cache.ClassFormat)
+		}
+	}
+	if n, _ := w.reg.Counts().Total(); n != 0 || len(w.store.List()) != 0 {
+		t.Errorf("%d requests, %d images listed; want none", n, len(w.store.List()))
+	}
+}
+
+// Trouble that passes is ridden out: nothing is asked for again that has come.
+func TestPullRidesOut(t *testing.T) {
+	w := newWorld(t)
+	hold, disk, m := w.push(t, "base", "abcdef")
+	at := func(i int) fleet.Digest { return m.Chunks[i].Blob }
+	w.reg.Break(at(0), registrytest.Fault{Kind: registrytest.Drop, At: 30_000, Times: 1})
+	w.reg.Break(at(1), registrytest.Fault{Kind: registrytest.Refuse, Status: 503, Times: 2})
+	w.reg.Break(at(2), registrytest.Fault{Kind: registrytest.Refuse, Status: 429, RetryAfter: "0", Times: 1})
+	// Cut, and then the whole blob comes where a part was asked for.
+	w.reg.Break(at(3), registrytest.Fault{Kind: registrytest.Drop, At: 30_000, Times: 1})
+	w.reg.Break(at(3), registrytest.Fault{Kind: registrytest.IgnoreRange, Times: 1})
+	if err := w.store.Pull(t.Context(), hold); err != nil {
+		t.Fatal(err)
+	}
+	checkDisk(t, w.store, hold.Digest, disk)
+	counts := w.reg.Counts()
+	if got := counts.Bytes[at(0)]; got != m.Chunks[0].BlobSize {
+		t.Errorf("%d bytes were sent of the blob that was cut; want %d: it was not resumed", got, m.Chunks[0].BlobSize)
+	}
+	if n := counts.Requests[at(1)]; n != 3 {
+		t.Errorf("%d requests for what was refused twice; want 3", n)
+	}
+}
+
+// A pull that was cancelled keeps what it finished, and goes on from there.
+func TestPullCancelled(t *testing.T) {
+	w := newWorld(t)
+	hold, disk, m := w.push(t, "base", "abcdef")
+	stuck := m.Chunks[5].Blob
+	w.reg.Break(stuck, registrytest.Fault{Kind: registrytest.Hang, At: 100})
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- w.store.Pull(ctx, hold) }()
+	await(t, w.dir, hold.Digest, 5)
+	cancel()
+	if err := <-ended; !errors.Is(err, context.Canceled) {
+		t.Fatalf("got %v; want %v", err, context.Canceled)
+	}
+	i := only(t, w.store)
+	if i.State != fleet.ImagePaused || i.Done != m.Bytes()-m.Chunks[5].BlobSize || i.Total != m.Bytes() {
+		t.Errorf("listed as %+v; want paused with %d of %d", i, m.Bytes()-m.Chunks[5].BlobSize, m.Bytes())
+	}
+	w.reg.Heal()
+	w.reg.Reset()
+	if err := w.store.Pull(t.Context(), hold); err != nil {
+		t.Fatal(err)
+	}
+	checkDisk(t, w.store, hold.Digest, disk)
+	if counts := w.reg.Counts(); counts.Requests[stuck] != 1 || len(counts.Requests) != 1 {
+		t.Errorf("asked for %v; want the missing chunk only", counts.Requests)
+	}
+}
+
+// When the caller that does the work goes, one that waited takes over.
+func TestPullTakenOver(t *testing.T) {
+	w := newWorld(t)
+	hold, disk, m := w.push(t, "base", "abcdef")
+	w.reg.Break(m.Chunks[5].Blob, registrytest.Fault{Kind: registrytest.Hang, At: 100, Times: 1})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	first, second := make(chan error, 1), make(chan error, 1)
+	go func() { first <- w.store.Pull(ctx, hold) }()
+	await(t, w.dir, hold.Digest, 5)
+	go func() { second <- w.store.Pull(t.Context(), hold) }()
+	cancel()
+	if err := <-first; !errors.Is(err, context.Canceled) {
+		t.Errorf("the first: %v; want %v", err, context.Canceled)
+	}
+	if err := <-second; err != nil {
+		t.Errorf("the second: %v", err)
+	}
+	checkDisk(t, w.store, hold.Digest, disk)
+	for d, n := range w.reg.Counts().Requests {
+		if n > 1 && d != m.Chunks[5].Blob {
+			t.Errorf("%s was asked for %d times", d.Short(), n)
+		}
+	}
+}
+
+// await returns when a journal has that many chunks (beside config and NVRAM), asking
+// the file every millisecond.
+func await(t *testing.T, dir string, d fleet.Digest, chunks int) {
+	t.Helper()
+	path := filepath.Join(dir, "partial", strings.TrimPrefix(string(d), "sha256:"), "journal")
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for {
+		data, err := os.ReadFile(path)
+		if err == nil && bytes.Count(data, []byte("\n")) >= chunks+2 {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-t.Context().Done():
+			t.Fatalf("the journal has %d lines; want %d", bytes.Count(data, []byte("\n")), chunks+2)
+		}
+	}
+}
+
+// Nothing but the store's own files is in a published image.
+func TestPublishedFiles(t *testing.T) {
+	w := newWorld(t)
+	hold, _, m := w.push(t, "base", "a0")
+	if err := w.store.Pull(t.Context(), hold); err != nil {
+		t.Fatal(err)
+	}
+	path, err := w.store.Path(hold.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := os.ReadFile(filepath.Join(path, "manifest.json"))
+	if err != nil || !bytes.Equal(raw, m.Raw) {
+		t.Errorf("the manifest on disk differs from the registry's (%v)", err)
+	}
+	for _, dir := range []string{"partial", "trash"} {
+		names, err := os.ReadDir(filepath.Join(w.dir, dir))
+		if err != nil || len(names) != 0 {
+			t.Errorf("%s: %v, %v; want it empty", dir, names, err)
+		}
+	}
+}
+
+// The registry's HTTP interface is the real one: what it does not count it hands on.
+func TestRegistryAnswersPing(t *testing.T) {
+	w := newWorld(t)
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+w.host+"/v2/", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode != http.StatusOK {
+		t.Errorf("status %d", resp.StatusCode)
+	}
+}

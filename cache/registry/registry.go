@@ -1,0 +1,254 @@
+// Package registry asks OCI registries: which image a tag is, and for the bytes of
+// manifests and blobs.
+//
+// It keeps nothing on disk and verifies only what it decides by (a manifest asked for by
+// digest); package cache verifies the rest. Names, credentials and tokens are
+// go-containerregistry's; requests are made here, so that a blob can be resumed in the
+// middle, a stall is noticed and Retry-After is honoured. Called by controller
+// (Resolve) and, as cache.Fetcher, by cache.
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+
+	"github.com/paddock-ci/paddock/cache"
+	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/image"
+	"github.com/paddock-ci/paddock/image/tart"
+)
+
+// Config says how to reach registries.
+type Config struct {
+	// Keychain has the credentials; nil: the Docker config's and its helpers'.
+	Keychain authn.Keychain
+	// Transport is what requests go out by; nil: one of our own, on HTTP/1.1 so that each
+	// stream has a connection to itself.
+	Transport http.RoundTripper
+	// Codecs are the image formats that Resolve can read; nil: Tart's.
+	Codecs []image.Codec
+	// Tries is how often in a row a request may fail without one byte gained; 0: 5.
+	Tries int
+	// Pause is the wait before the second try, doubled for each further one, with
+	// jitter; a registry's Retry-After goes before it. 0: 500 ms.
+	Pause time.Duration
+	// Stall is how long no byte may move before a connection is given up; 0: 30 s.
+	Stall time.Duration
+	// Log gets retries; nil: none.
+	Log *slog.Logger
+}
+
+// Client asks registries. It is safe for concurrent use.
+type Client struct {
+	keychain authn.Keychain
+	base     http.RoundTripper
+	codecs   []image.Codec
+	tries    int
+	pause    time.Duration
+	stall    time.Duration
+	log      *slog.Logger
+
+	mu    sync.Mutex
+	ports map[string]*port // by repository
+}
+
+var _ cache.Fetcher = (*Client)(nil)
+
+// New makes a client; it makes no request.
+func New(cfg Config) (*Client, error) {
+	if cfg.Tries < 0 || cfg.Pause < 0 || cfg.Stall < 0 {
+		return nil, fmt.Errorf("registry client: tries %d, pause %s and stall %s must not be negative", cfg.Tries, cfg.Pause, cfg.Stall)
+	}
+	c := &Client{
+		keychain: cfg.Keychain, codecs: cfg.Codecs, tries: cfg.Tries, pause: cfg.Pause,
+		stall: cfg.Stall, log: cfg.Log, ports: make(map[string]*port),
+	}
+	if c.keychain == nil {
+		c.keychain = authn.DefaultKeychain
+	}
+	if c.codecs == nil {
+		c.codecs = []image.Codec{tart.Codec{}}
+	}
+	if c.tries == 0 {
+		c.tries = 5
+	}
+	if c.pause == 0 {
+		c.pause = 500 * time.Millisecond
+	}
+	if c.stall == 0 {
+		c.stall = 30 * time.Second
+	}
+	if c.log == nil {
+		c.log = slog.New(slog.DiscardHandler)
+	}
+	base := cfg.Transport
+	if base == nil {
+		base = newTransport()
+	}
+	c.base = plainOnlyHere{base}
+	return c, nil
+}
+
+// Resolve asks what image ref is now. A tag that is an index of one image is followed.
+// Errors are *cache.Error.
+func (c *Client) Resolve(ctx context.Context, ref string) (fleet.Image, error) {
+	r, err := image.ParseReference(ref)
+	if err != nil {
+		return fleet.Image{}, &cache.Error{Class: cache.ClassFormat, Err: err}
+	}
+	raw, err := c.manifest(ctx, r)
+	if err == nil {
+		raw, err = c.follow(ctx, r, raw)
+	}
+	if err != nil {
+		return fleet.Image{}, fmt.Errorf("resolving %s: %w", ref, err)
+	}
+	m, _, err := image.Parse(raw, c.codecs)
+	if err != nil {
+		return fleet.Image{}, &cache.Error{Class: cache.ClassFormat, Err: fmt.Errorf("resolving %s: %w", ref, err)}
+	}
+	return fleet.Image{
+		Ref: ref, Digest: m.Digest, Bytes: m.Bytes(), DiskBytes: m.DiskSize, ResolvedAt: time.Now(),
+	}, nil
+}
+
+// follow goes from an index to its single entry, one step far.
+func (c *Client) follow(ctx context.Context, r image.Reference, raw []byte) ([]byte, error) {
+	entry, isIndex, err := image.IndexEntry(raw)
+	if err != nil {
+		return nil, &cache.Error{Class: cache.ClassFormat, Err: err}
+	}
+	if !isIndex {
+		return raw, nil
+	}
+	return c.manifest(ctx, r.At(entry))
+}
+
+// Manifest returns the manifest with digest d; see cache.Fetcher.
+func (c *Client) Manifest(ctx context.Context, ref string, d fleet.Digest) ([]byte, error) {
+	r, err := image.ParseReference(ref)
+	if err != nil {
+		return nil, &cache.Error{Class: cache.ClassFormat, Err: err}
+	}
+	return c.manifest(ctx, r.At(d))
+}
+
+// manifest fetches a manifest by tag or digest; a digest is verified.
+func (c *Client) manifest(ctx context.Context, r image.Reference) ([]byte, error) {
+	get := func(req *http.Request) { req.Header.Set("Accept", strings.Join(image.AcceptedTypes, ", ")) }
+	body, err := c.open(ctx, r.Repository(), "manifests/"+r.Identifier(), -1, get)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = body.Close() }()
+	raw, err := io.ReadAll(io.LimitReader(body, image.MaxManifestBytes+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(raw) > image.MaxManifestBytes {
+		return nil, &cache.Error{Class: cache.ClassFormat, Err: fmt.Errorf("%w: the manifest has more than %d bytes", image.ErrTooLarge, image.MaxManifestBytes)}
+	}
+	if got := image.DigestOf(raw); r.Digest() != "" && got != r.Digest() {
+		return nil, &cache.Error{Class: cache.ClassDigest, Err: fmt.Errorf("asked for manifest %s, the registry sent %s", r.Digest(), got)}
+	}
+	return raw, nil
+}
+
+// Blob opens a blob; see cache.Fetcher.
+func (c *Client) Blob(ctx context.Context, ref string, b image.Blob) (io.ReadCloser, error) {
+	r, err := image.ParseReference(ref)
+	if err != nil {
+		return nil, &cache.Error{Class: cache.ClassFormat, Err: err}
+	}
+	return c.open(ctx, r.Repository(), "blobs/"+string(b.Digest), b.Size, func(*http.Request) {})
+}
+
+// port is the way into one repository: authenticated, once for all requests.
+type port struct {
+	mu     sync.Mutex
+	client *http.Client // nil: not yet authenticated
+	scheme string
+}
+
+// enter returns the client for a repository, which it authenticates the first time; so
+// 8 streams share one token, and it is renewed for all when it expires.
+func (c *Client) enter(ctx context.Context, repository name.Repository) (*http.Client, string, error) {
+	c.mu.Lock()
+	p := c.ports[repository.Name()]
+	if p == nil {
+		p = &port{}
+		c.ports[repository.Name()] = p
+	}
+	c.mu.Unlock()
+
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.client != nil {
+		return p.client, p.scheme, nil
+	}
+	auth, err := authn.Resolve(ctx, c.keychain, repository)
+	if err != nil {
+		return nil, "", &cache.Error{Class: cache.ClassAuth, Err: fmt.Errorf("reading credentials for %s: %w; check the Docker config", repository.RegistryStr(), err)}
+	}
+	trip, err := transport.NewWithContext(ctx, repository.Registry, auth, c.base, []string{repository.Scope(transport.PullScope)})
+	if err != nil {
+		return nil, "", err
+	}
+	p.scheme = "https"
+	if image.Loopback(repository.RegistryStr()) {
+		p.scheme = "http" // the transport changes it to what answered its ping
+	}
+	p.client = &http.Client{Transport: trip, CheckRedirect: checkRedirect}
+	return p.client, p.scheme, nil
+}
+
+// checkRedirect follows a few redirects, and never carries credentials to another host:
+// what net/http would copy to a subdomain goes too, and the transport adds them for the
+// registry's own host only.
+func checkRedirect(req *http.Request, via []*http.Request) error {
+	if len(via) >= 5 {
+		return errors.New("stopped after 5 redirects")
+	}
+	if req.URL.Host != via[0].URL.Host {
+		req.Header.Del("Authorization")
+		req.Header.Del("Cookie")
+	}
+	return nil
+}
+
+// plainOnlyHere refuses plain HTTP to any host but this machine, wherever a redirect or
+// a fallback would lead.
+type plainOnlyHere struct{ inner http.RoundTripper }
+
+func (t plainOnlyHere) RoundTrip(req *http.Request) (*http.Response, error) {
+	if req.URL.Scheme != "https" && !image.Loopback(req.URL.Host) {
+		return nil, fmt.Errorf("%w to %s: only localhost is spoken to without TLS", errPlain, req.URL.Host)
+	}
+	return t.inner.RoundTrip(req)
+}
+
+var errPlain = errors.New("refusing plain HTTP")
+
+// newTransport is net/http's, without HTTP/2 (whose streams would share one connection,
+// and so one loss of a packet) and with as many idle connections as there are streams.
+func newTransport() http.RoundTripper {
+	t := http.DefaultTransport.(*http.Transport).Clone() //nolint:errcheck // net/http documents the type
+	t.ForceAttemptHTTP2 = false
+	t.Protocols = new(http.Protocols)
+	t.Protocols.SetHTTP1(true)
+	t.MaxIdleConnsPerHost = 32
+	t.ResponseHeaderTimeout = 30 * time.Second
+	t.DisableCompression = true // blobs are bytes, whatever they look like
+	return t
+}
