@@ -104,10 +104,10 @@ func MergeJob(known, news Job) Job {
 	return merged
 }
 
-// normal drops what cannot be: a time before 1970, and the runner of a job that no
-// runner has taken.
+// normal drops what cannot be: a time before 1970, one that would equal the standing
+// of an unknown gate, and the runner of a job that no runner has taken.
 func (j Job) normal() Job {
-	j.Gate = max(j.Gate, 0)
+	j.Gate = min(max(j.Gate, 0), math.MaxInt64-1)
 	if StatusRanks[j.Status].Gated {
 		j.RunnerName = ""
 	}

@@ -26,7 +26,7 @@ const bound = 5 * time.Second
 func job(id fleet.JobID, status fleet.JobStatus, gate int64) store.Delivery {
 	return store.Delivery{ID: fmt.Sprint("guid-", id, status), At: time.Now(), Job: fleet.Job{
 		ID: id, RunID: 1, Repository: "octo/app", Name: "build", Labels: fleet.NewLabels("self-hosted", "macos"),
-		Status: status, Gate: gate, CreatedAt: time.Unix(int64(id), 0), Feed: fleet.FeedWebhook,
+		Status: status, Gate: gate, CreatedAt: time.Unix(int64(id%1_000_000), 0), Feed: fleet.FeedWebhook,
 	}}
 }
 
