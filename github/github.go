@@ -144,8 +144,9 @@ func (c *Client) wrap(t http.RoundTripper) *gh.Client {
 	return client
 }
 
-// as runs one request as the installation of the scope's owner. If that turns out to
-// have gone, the installation is looked up once more: it may have been made anew.
+// as runs one request as the installation of the scope's owner. If GitHub does not know
+// the installation or its token any more, it is looked up once more: the App may have
+// been installed anew.
 func (c *Client) as(ctx context.Context, scope fleet.Scope, do func(*gh.Client) error) error {
 	for fresh := false; ; fresh = true {
 		client, err := c.installation(ctx, scope)
@@ -154,12 +155,19 @@ func (c *Client) as(ctx context.Context, scope fleet.Scope, do func(*gh.Client) 
 		}
 		err = do(client)
 		var login *ghinstallation.HTTPError
-		if !errors.As(err, &login) || login.Response == nil || login.Response.StatusCode >= http.StatusInternalServerError {
+		gone := errors.As(err, &login) && login.Response != nil && login.Response.StatusCode < http.StatusInternalServerError
+		if !gone && status(err) != http.StatusUnauthorized {
 			return err
 		}
+		if gone {
+			_ = login.Response.Body.Close() // ghinstallation leaves it open for its caller to read
+		}
 		c.forget(scope)
-		if fresh {
+		if fresh && gone {
 			return fmt.Errorf("%w: %s", ErrNoInstallation, scope.Owner())
+		}
+		if fresh {
+			return err
 		}
 	}
 }

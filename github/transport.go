@@ -99,10 +99,12 @@ func (l *limits) RoundTrip(r *http.Request) (*http.Response, error) {
 }
 
 // ids are the parts of a path that differ between requests of one kind.
-var ids = regexp.MustCompile(`/(orgs|repos|users)/[^/]+|/\d+`)
+var ids = regexp.MustCompile(`/(orgs|users)/[^/]+|/(repos)/[^/]+/[^/]+|/\d+`)
 
 // kindOf is the method and the path without names and numbers.
-func kindOf(r *http.Request) string { return r.Method + " " + ids.ReplaceAllString(r.URL.Path, "/$1") }
+func kindOf(r *http.Request) string {
+	return r.Method + " " + ids.ReplaceAllString(r.URL.Path, "/$1$2")
+}
 
 // blocked says whether GitHub is to be left alone for this kind of request.
 func (l *limits) blocked(kind string) error {
