@@ -234,8 +234,17 @@ func TestServeEndKillsTheRunnersGroup(t *testing.T) {
 	if err := <-lost; !errors.Is(err, ErrLost) {
 		t.Errorf("the watch ended with %v, want ErrLost", err)
 	}
-	if state := processState(child); state != "" && state != "Z" {
-		t.Errorf("the runner's child %d is in state %q after Serve returned", child, state)
+	// Killed when Serve returned, but a killed process needs a moment to die.
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(30 * time.Second); ; <-tick.C {
+		state := processState(child)
+		if state == "" || state == "Z" {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the runner's child %d is in state %q after Serve returned", child, state)
+		}
 	}
 }
 

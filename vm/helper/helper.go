@@ -231,7 +231,8 @@ func listen(ctx context.Context, f folder) (*os.File, error) {
 // reap ends what a killed helper left of a machine, in a helper of its own: the driver
 // may be one that only helpers can load.
 func (d *Driver) reap(ctx context.Context, f folder, spec vm.Spec) error {
-	ctx, cancel := context.WithTimeout(ctx, d.config.Patience)
+	const limit = 60 * time.Second // a helper starts in a second, even on a host at its limit
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	input, err := encode(order{Op: orderReap, Folder: string(f), Spec: spec})
 	if err != nil {

@@ -37,7 +37,7 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 {
 		switch os.Args[1] {
 		case "vm-helper":
-			finish(helperRole(os.Args[2], os.Args[3]))
+			finish(helperRole(os.Args[2], os.Args[3], os.Args[4]))
 		case "agent":
 			finish(agentRole(os.Args[2], os.Args[3], os.Args[4]))
 		}
@@ -53,14 +53,19 @@ func finish(err error) {
 	os.Exit(0)
 }
 
-// helperRole is what `paddock vm-helper` does, with a driver that may go wrong.
-func helperRole(mode, slots string) error {
+// helperRole is what `paddock vm-helper` does, with a driver that may go wrong and
+// shares its slots with those of the other helpers.
+func helperRole(mode, slotDir, slots string) error {
+	n, err := strconv.Atoi(slots)
+	if err != nil {
+		return err
+	}
 	self, err := os.Executable()
 	if err != nil {
 		return err
 	}
 	var d vm.Driver
-	d, err = process.New(process.Config{Command: []string{self, "guest-agent"}, Slots: processtest.Slots, SlotDir: slots})
+	d, err = process.New(process.Config{Command: []string{self, "guest-agent"}, Slots: n, SlotDir: slotDir})
 	if err != nil {
 		return err
 	}
@@ -119,8 +124,9 @@ func (b *lockedBuffer) String() string {
 	return b.buf.String()
 }
 
-// newFixture takes the helper's mode; "good" is the process driver as it is.
-func newFixture(t *testing.T, mode string) *fixture {
+// newFixture takes the helper's mode; "good" is the process driver as it is. Slots: 0
+// is no limit.
+func newFixture(t *testing.T, mode string, slots int) *fixture {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "h") // short, for the sockets
 	if err != nil {
@@ -131,9 +137,9 @@ func newFixture(t *testing.T, mode string) *fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := &fixture{dir: dir, command: []string{self, "vm-helper", mode, t.TempDir()}, log: &lockedBuffer{}}
+	f := &fixture{dir: dir, command: []string{self, "vm-helper", mode, t.TempDir(), strconv.Itoa(slots)}, log: &lockedBuffer{}}
 	log := slog.New(slog.NewTextHandler(f.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	f.driver, err = helper.New(helper.Config{Command: f.command, Dir: dir, Log: log, Patience: 25 * time.Second})
+	f.driver, err = helper.New(helper.Config{Command: f.command, Dir: dir, Log: log})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -151,9 +157,9 @@ func (f *fixture) leftovers(t *testing.T, spec vm.Spec) []string {
 }
 
 func TestConformance(t *testing.T) {
-	vmtest.Run(t, func(t *testing.T) vmtest.Fixture {
-		f := newFixture(t, "good")
-		suite := processtest.Fixture(f.driver)
+	vmtest.Run(t, func(t *testing.T, slots int) vmtest.Fixture {
+		f := newFixture(t, "good", slots)
+		suite := processtest.Fixture(f.driver, slots)
 		suite.Leftovers = f.leftovers
 		return suite
 	})
@@ -225,7 +231,7 @@ func agentRole(dir, slots, machineDir string) error {
 	if err != nil {
 		return err
 	}
-	d, err := helper.New(helper.Config{Command: []string{self, "vm-helper", "good", slots}, Dir: dir})
+	d, err := helper.New(helper.Config{Command: []string{self, "vm-helper", "good", slots, "0"}, Dir: dir})
 	if err != nil {
 		return err
 	}
@@ -263,7 +269,7 @@ func startAgent(t *testing.T, f *fixture, spec vm.Spec, secret string) (kill fun
 
 // The agent is killed with a job running; the next one finds machine and runner.
 func TestAgentKilledThenAdopted(t *testing.T) {
-	f := newFixture(t, "good")
+	f := newFixture(t, "good", 0)
 	spec := processtest.Spec(t)
 	spec.ID = "adoptme1"
 	kill := startAgent(t, f, spec, "jit-config")
@@ -299,7 +305,7 @@ func TestAgentKilledThenAdopted(t *testing.T) {
 
 // The agent is killed, and the machine ends before the next one comes: its result was kept.
 func TestEndedWhileNobodyLooked(t *testing.T) {
-	f := newFixture(t, "good")
+	f := newFixture(t, "good", 0)
 	spec := processtest.Spec(t)
 	spec.ID = "adoptme1"
 	kill := startAgent(t, f, spec, "jit-config")
@@ -350,7 +356,7 @@ func helperPID(t *testing.T, f *fixture, spec vm.Spec) int {
 
 // A killed helper takes its machine down, without anyone's help, and the agent notices.
 func TestHelperKilled(t *testing.T) {
-	f := newFixture(t, "good")
+	f := newFixture(t, "good", 0)
 	spec := processtest.Spec(t)
 	m, err := startGated(t.Context(), f.driver, spec, []byte("jit"))
 	if err != nil {
@@ -388,7 +394,7 @@ func TestHelperKilled(t *testing.T) {
 
 // The guest's own lifeline, proven apart from the reaping that Wait and Destroy do.
 func TestHelperKilledWithNobodyLooking(t *testing.T) {
-	f := newFixture(t, "good")
+	f := newFixture(t, "good", 0)
 	spec := processtest.Spec(t)
 	m, err := startGated(t.Context(), f.driver, spec, []byte("jit"))
 	if err != nil {
@@ -409,9 +415,9 @@ func TestHelperKilledWithNobodyLooking(t *testing.T) {
 // Helper and guest hang, both: the helper is killed when patience ends, and the guest,
 // which cannot notice, is reaped.
 func TestHungHelperIsKilled(t *testing.T) {
-	f := newFixture(t, "good")
+	f := newFixture(t, "good", 0)
 	var err error
-	f.driver, err = helper.New(helper.Config{Command: f.command, Dir: f.dir, Patience: 5 * time.Second})
+	f.driver, err = helper.New(helper.Config{Command: f.command, Dir: f.dir, Patience: time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -437,7 +443,7 @@ func TestHungHelperIsKilled(t *testing.T) {
 // A driver that crashes takes its machine down, not the agent, and the reason is told.
 func TestDriverPanics(t *testing.T) {
 	t.Run("in boot", func(t *testing.T) {
-		f := newFixture(t, "panic-in-boot")
+		f := newFixture(t, "panic-in-boot", 0)
 		spec := processtest.Spec(t)
 		_, err := f.driver.Boot(t.Context(), spec)
 		if err == nil || !strings.Contains(err.Error(), "NSInvalidArgumentException") {
@@ -446,7 +452,7 @@ func TestDriverPanics(t *testing.T) {
 		vmtest.Eventually(t, "left", func() string { return strings.Join(f.leftovers(t, spec), "; ") })
 	})
 	t.Run("later", func(t *testing.T) {
-		f := newFixture(t, "panic-in-dial")
+		f := newFixture(t, "panic-in-dial", 0)
 		spec := processtest.Spec(t)
 		m, err := f.driver.Boot(t.Context(), spec)
 		if err != nil {
@@ -470,7 +476,7 @@ func TestDriverPanics(t *testing.T) {
 func TestInputLeavesNoTrace(t *testing.T) {
 	// Made here, so that no file holds it before the test.
 	secret := "jit" + strconv.FormatInt(time.Now().UnixNano(), 36) + "secret"
-	f := newFixture(t, "good")
+	f := newFixture(t, "good", 0)
 	spec := processtest.Spec(t)
 	spec.ID = "adoptme1"
 	kill := startAgent(t, f, spec, secret)
@@ -529,7 +535,7 @@ func TestInputLeavesNoTrace(t *testing.T) {
 }
 
 func TestBootTwiceUnderOneID(t *testing.T) {
-	f := newFixture(t, "good")
+	f := newFixture(t, "good", 0)
 	spec := processtest.Spec(t)
 	m, err := f.driver.Boot(t.Context(), spec)
 	if err != nil {
@@ -547,7 +553,7 @@ func TestBootTwiceUnderOneID(t *testing.T) {
 }
 
 func TestBadIDsAndDirectories(t *testing.T) {
-	f := newFixture(t, "good")
+	f := newFixture(t, "good", 0)
 	for _, id := range []fleet.VMID{"", "../x", "A", "a/b", fleet.VMID(strings.Repeat("x", 120))} {
 		spec := processtest.Spec(t)
 		spec.ID = id
@@ -575,7 +581,7 @@ func TestBadIDsAndDirectories(t *testing.T) {
 
 // An agent that died between making a folder and starting its helper.
 func TestFolderWithoutHelper(t *testing.T) {
-	f := newFixture(t, "good")
+	f := newFixture(t, "good", 0)
 	if err := os.Mkdir(filepath.Join(f.dir, "halfmade"), 0o700); err != nil {
 		t.Fatal(err)
 	}

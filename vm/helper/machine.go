@@ -233,11 +233,11 @@ func (m *machine) lastWord(ctx context.Context) (report, error) {
 
 // lost makes the result of a machine whose helper was killed.
 func (m *machine) lost(ctx context.Context) (report, error) {
-	if conn, err := m.connect(ctx); !errors.Is(err, errGone) {
-		if err == nil {
-			_ = conn.Close()
-		}
-		return report{}, errors.Join(errors.New("the vm helper hung up without an answer, and lives"), err)
+	// A dying process closes its streams one by one, its socket perhaps as the last.
+	dying, cancel := context.WithTimeout(ctx, m.d.config.Patience)
+	defer cancel()
+	if err := m.awaitSilence(dying); err != nil {
+		return report{}, fmt.Errorf("the vm helper hung up without an answer, and lives: %w", err)
 	}
 	reason := "the vm helper was killed"
 	if words := m.folder.lastWords(); words != "" {

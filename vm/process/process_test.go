@@ -36,8 +36,8 @@ func newDriver(t *testing.T, c process.Config) *process.Driver {
 }
 
 func TestConformance(t *testing.T) {
-	vmtest.Run(t, func(t *testing.T) vmtest.Fixture {
-		return processtest.Fixture(newDriver(t, process.Config{Slots: processtest.Slots}))
+	vmtest.Run(t, func(t *testing.T, slots int) vmtest.Fixture {
+		return processtest.Fixture(newDriver(t, process.Config{Slots: slots}), slots)
 	})
 }
 

@@ -77,19 +77,16 @@ func Command(t *testing.T) []string {
 	return []string{self, guestArg}
 }
 
-// Slots is how many machines a fixture's driver must run at once.
-const Slots = 8
-
 // Fixture is driver as the suite of vmtest takes it; the driver boots processes by
-// Command, directly or through others, and has Slots slots.
-func Fixture(driver vm.Driver) vmtest.Fixture {
+// Command, directly or through others.
+func Fixture(driver vm.Driver, slots int) vmtest.Fixture {
 	return vmtest.Fixture{
 		Driver:    driver,
 		Spec:      Spec,
 		Broken:    func(t *testing.T) vm.Spec { return specOf(t, diskBroken) },
 		Hanging:   func(t *testing.T) vm.Spec { return specOf(t, diskHanging) },
 		Console:   Console,
-		Slots:     Slots,
+		Slots:     slots,
 		Kill:      func(t *testing.T, spec vm.Spec) { Kill(t, spec.Dir, guestArg) },
 		Leftovers: func(t *testing.T, spec vm.Spec) []string { return Leftovers(t, spec.Dir) },
 	}
