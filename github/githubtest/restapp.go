@@ -51,11 +51,21 @@ func (g *GitHub) listInstallations(c *call) answer {
 	all := []object{}
 	for _, a := range g.sortedAccounts() {
 		if a.installation != 0 {
-			all = append(all, g.installationObject(a))
+			all = append(all, g.listedInstallation(a))
 		}
 	}
 	part, link := page(c, all)
 	return answer{status: http.StatusOK, body: part, link: link}
+}
+
+// listedInstallation has an account that is a user and an enterprise at once: so the
+// description of this one path has it, where that of a single installation says either.
+func (g *GitHub) listedInstallation(a *account) object {
+	o, both := g.installationObject(a), a.object()
+	both["name"], both["slug"] = a.login, a.login
+	both["created_at"], both["updated_at"] = stamp(a.since), stamp(a.since)
+	o["account"] = both
+	return o
 }
 
 func (g *GitHub) getInstallation(c *call) answer {

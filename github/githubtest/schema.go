@@ -97,7 +97,7 @@ func (s *schema) request(r *http.Request, body []byte) (*openapi3filter.RequestV
 		Request: checked, PathParams: parameters, Route: route, Options: filterOptions,
 	}
 	if err := openapi3filter.ValidateRequest(r.Context(), input); err != nil {
-		return input, fmt.Errorf("%s %s: %w", r.Method, route.Path, err)
+		return input, fmt.Errorf("%s %s: %s", r.Method, route.Path, brief(err))
 	}
 	return input, nil
 }
@@ -126,9 +126,15 @@ func (s *schema) response(ctx context.Context, input *openapi3filter.RequestVali
 		Body: io.NopCloser(bytes.NewReader(body)), Options: filterOptions,
 	})
 	if err != nil {
-		return fmt.Errorf("%s: %w", where, err)
+		return fmt.Errorf("%s: %s", where, brief(err))
 	}
 	return nil
+}
+
+// brief leaves out the schema and the value, which kin-openapi prints whole.
+func brief(err error) string {
+	message, _, _ := strings.Cut(err.Error(), "\nSchema:")
+	return message
 }
 
 func (s *schema) errorBody(where string, body []byte) error {
