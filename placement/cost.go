@@ -40,6 +40,10 @@ const (
 	// orderAhead: a pull is ordered when its slot is free at most this long after the
 	// image would be ready. Earlier, the choice may well change.
 	orderAhead = 10 * time.Minute
+	// planAhead is how far ahead slots are reserved. A job whose slot is farther away is
+	// shown its best node, but takes nothing from the pass: by then all is planned again
+	// many times, and a long queue would cost more than it tells.
+	planAhead = time.Hour
 
 	// spreadWeight and failureCost only break ties. A full node looks 0.1 s worse than an
 	// empty one; each recent failure costs as much as a boot that fails, up to a minute.

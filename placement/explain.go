@@ -120,17 +120,24 @@ func (p *pass) waits(e *entry, pool *pool, o *outcome) string {
 	n := &p.nodes[c.node]
 	s, r := &n.slots[c.slot], &n.have[pool.image]
 	slot := about(c.wait)
+	if c.far() {
+		slot += " at the earliest" // what waits before it is not reserved that far
+	}
 	switch {
 	case c.image == 0 && s.idle != "" && s.pool != pool.Name:
 		return fmt.Sprintf("for the slot on %s of an idle VM of pool %s, free in %s", n.in.ID, s.pool, slot)
+	case c.image == 0 && s.idle != "":
+		return fmt.Sprintf("for the idle VM %s of its own pool on %s", s.idle, n.in.ID)
 	case c.image == 0 && s.unknown && pool.cheapest > 0 && e.age < pool.cheapest:
 		return fmt.Sprintf("for a warm slot on %s until %s old, as long as a pull takes: nobody knows when it is free",
 			n.in.ID, about(pool.cheapest))
+	case c.image == 0 && s.unknown:
+		return fmt.Sprintf("for a slot on %s: nobody knows when it is free", n.in.ID)
 	case c.image == 0 && pool.cheapest > 0:
 		return fmt.Sprintf("for a warm slot on %s, free in %s; a cold pull would take %s", n.in.ID, slot, about(pool.cheapest))
 	case c.image == 0:
 		return fmt.Sprintf("for a slot on %s, free in %s", n.in.ID, slot)
-	case c.wait > c.image+orderAhead:
+	case c.early():
 		return fmt.Sprintf("for a slot on %s, free in %s; its image is pulled nearer the time", n.in.ID, slot)
 	case c.wait > c.image:
 		return fmt.Sprintf("for a slot on %s, free in %s; its image is pulled meanwhile", n.in.ID, slot)

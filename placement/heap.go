@@ -2,6 +2,10 @@ package placement
 
 import "time"
 
+// arity of the heap: four children of 16 bytes share a cache line, and it is half as deep
+// as a binary one.
+const arity = 4
+
 // candidates is a heap of a pool's nodes by cost, lowest first, ties by node index. It
 // knows each node's place, so that a cost can be corrected. container/heap would
 // box every item and cannot look at the second best.
@@ -35,21 +39,17 @@ func (h *candidates) add(node int, cost time.Duration) {
 
 // build makes a heap of what was added, in linear time.
 func (h *candidates) build() {
-	for i := len(h.items)/2 - 1; i >= 0; i-- {
+	for i := len(h.items) / arity; i >= 0; i-- {
 		h.sink(i)
 	}
 }
 
 // second is the place of the second best, -1 if there is none: a child of the best.
 func (h *candidates) second() int {
-	switch {
-	case len(h.items) < 2:
+	if len(h.items) < 2 {
 		return -1
-	case len(h.items) > 2 && h.less(2, 1):
-		return 2
-	default:
-		return 1
 	}
+	return h.leastChild(0)
 }
 
 // update corrects the cost at a place.
@@ -62,44 +62,58 @@ func (h *candidates) update(at int, cost time.Duration) {
 // remove takes a node out.
 func (h *candidates) remove(at int) {
 	last := len(h.items) - 1
-	h.swap(at, last)
-	h.place[h.items[last].node] = -1
+	h.place[h.items[at].node] = -1
+	moved := h.items[last]
 	h.items = h.items[:last]
 	if at < last {
+		h.put(at, moved)
 		h.rise(at)
 		h.sink(at)
 	}
 }
 
-func (h *candidates) less(a, b int) bool {
-	x, y := h.items[a], h.items[b]
-	return x.cost < y.cost || x.cost == y.cost && x.node < y.node
+func (a costed) less(b costed) bool {
+	return a.cost < b.cost || a.cost == b.cost && a.node < b.node
 }
 
-func (h *candidates) swap(a, b int) {
-	h.items[a], h.items[b] = h.items[b], h.items[a]
-	h.place[h.items[a].node], h.place[h.items[b].node] = int32(a), int32(b)
+// put writes an item to a place.
+func (h *candidates) put(at int, x costed) {
+	h.items[at] = x
+	h.place[x.node] = int32(at)
+}
+
+// leastChild is the best of an item's children; there must be one.
+func (h *candidates) leastChild(at int) int {
+	least := arity*at + 1
+	for child := least + 1; child <= arity*at+arity && child < len(h.items); child++ {
+		if h.items[child].less(h.items[least]) {
+			least = child
+		}
+	}
+	return least
 }
 
 func (h *candidates) rise(at int) {
-	for at > 0 && h.less(at, (at-1)/2) {
-		h.swap(at, (at-1)/2)
-		at = (at - 1) / 2
+	x := h.items[at]
+	for at > 0 && x.less(h.items[(at-1)/arity]) {
+		h.put(at, h.items[(at-1)/arity])
+		at = (at - 1) / arity
 	}
+	h.put(at, x)
 }
 
 func (h *candidates) sink(at int) {
-	for {
-		least := at
-		for child := 2*at + 1; child <= 2*at+2 && child < len(h.items); child++ {
-			if h.less(child, least) {
-				least = child
-			}
-		}
-		if least == at {
-			return
-		}
-		h.swap(at, least)
-		at = least
+	if at >= len(h.items) {
+		return // an empty heap
 	}
+	x := h.items[at]
+	for arity*at+1 < len(h.items) {
+		child := h.leastChild(at)
+		if !h.items[child].less(x) {
+			break
+		}
+		h.put(at, h.items[child])
+		at = child
+	}
+	h.put(at, x)
 }

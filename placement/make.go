@@ -147,18 +147,21 @@ func (p *pass) settle(e *entry, pool *pool, o *outcome) {
 		return
 	}
 	c := &o.choice
-	p.need(pool, &p.nodes[c.node])
 	pool.planned++
 	p.repos[e.repo].planned++
+	p.need(pool, &p.nodes[c.node])
 	if o.bound {
 		pool.bound++
 		p.repos[e.repo].bound++
 		p.bind(pool, c, e.job.ID)
 	}
-	if c.image > 0 {
+	far := c.far()
+	if c.image > 0 && (!far || p.nodes[c.node].have[pool.image].ordered) {
 		p.order(pool, c, true)
 	}
-	p.reserve(pool, c, e.duration)
+	if !far {
+		p.reserve(pool, c, e.duration)
+	}
 }
 
 // bind places a VM.
@@ -206,7 +209,7 @@ func (p *pass) order(pool *pool, c *candidate, demand bool) {
 	if r.presence != moving && !r.queued {
 		p.enqueue(pool, c.node)
 	}
-	if !r.ordered && c.wait > c.image+orderAhead {
+	if !r.ordered && c.early() {
 		return
 	}
 	if r.held == 0 {
@@ -215,7 +218,7 @@ func (p *pass) order(pool *pool, c *candidate, demand bool) {
 			why = fmt.Sprintf("pool %s keeps %d idle", pool.Name, pool.MinIdle)
 		}
 		p.plan.Hold = append(p.plan.Hold, Hold{Node: n.in.ID, Digest: p.images[pool.image].Digest, Ref: pool.Image, Why: why})
-		r.held = len(p.plan.Hold)
+		r.held = int32(len(p.plan.Hold))
 		p.makeRoom(pool, n)
 	}
 	h := &p.plan.Hold[r.held-1]

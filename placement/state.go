@@ -105,22 +105,22 @@ const (
 
 // residence is an image on a node.
 type residence struct {
-	presence presence
-	ordered  bool  // before this pass
-	queued   bool  // its bytes are counted in the node's queue
-	failed   bool  // and not yet to be tried again
-	demand   bool  // ordered for a job before this pass
-	needed   bool  // a choice of this pass rests on it
-	gone     bool  // let go by this pass
-	held     int   // 1 + index into plan.Hold; 0: not in it
 	left     int64 // bytes on the wire still to come
 	disk     int64 // bytes on the disk still to be filled
+	held     int32 // 1 + index into plan.Hold; 0: not in it
+	presence presence
+	ordered  bool // before this pass
+	queued   bool // its bytes are counted in the node's queue
+	failed   bool // and not yet to be tried again
+	demand   bool // ordered for a job before this pass
+	needed   bool // a choice of this pass rests on it
+	gone     bool // let go by this pass
 }
 
 // newPass indexes a snapshot. It costs nodes × (images there + slots) and pools; each
 // pool's nodes are only weighed when a job asks for them.
 func newPass(s *Snapshot, watch fleet.JobID) *pass {
-	p := &pass{s: s, watch: watch, classes: map[classKey]int{},
+	p := &pass{s: s, watch: watch, classes: make(map[classKey]int, len(s.Jobs)/4),
 		boot: cmp.Or(s.Boot, DefaultBoot), waitCap: cmp.Or(s.WaitCap, DefaultWaitCap)}
 	p.indexPools()
 	p.nodes = make([]node, len(s.Nodes))

@@ -17,6 +17,12 @@ type candidate struct {
 // now reports whether a VM can be placed at once.
 func (c *candidate) now() bool { return c.refusal == "" && c.wait == 0 && c.image == 0 }
 
+// early reports that the slot is so far away that no pull has to begin yet.
+func (c *candidate) early() bool { return c.wait > c.image+orderAhead }
+
+// far reports that the slot is too far away to reserve it.
+func (c *candidate) far() bool { return c.wait > planAhead && c.early() }
+
 // ready is the time until the guest answers.
 func (p *pass) ready(c *candidate) time.Duration { return max(c.wait, c.image) + p.boot }
 
