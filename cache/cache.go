@@ -206,12 +206,11 @@ func (s *Store) Path(d fleet.Digest) (string, error) {
 
 // meter measures bytes per second over the time in which a pull is active.
 type meter struct {
-	mu     sync.Mutex
-	bytes  int64         // since the last sample
-	spent  time.Duration // active time since the last sample, up to since
-	since  time.Time     // zero: nothing is active
-	rate   float64       // bytes per second, smoothed over samples
-	sample time.Duration // of the last one
+	mu    sync.Mutex
+	bytes int64         // since the last sample
+	spent time.Duration // active time since the last sample, up to since
+	since time.Time     // zero: nothing is active
+	rate  float64       // bytes per second, smoothed over samples
 }
 
 // sampleTime is how much active time makes a sample, and sampleWeight what a new one

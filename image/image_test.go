@@ -57,7 +57,7 @@ func TestReferenceAt(t *testing.T) {
 
 func TestLoopback(t *testing.T) {
 	for host, want := range map[string]bool{
-		"localhost": true, "localhost:5000": true, "127.0.0.1:1": true, "127.8.8.8": true, "[::1]:5000": true, "::1": true,
+		"localhost": true, "localhost:5000": true, "127.0.0.1:1": true, "127.8.8.8": true, "[::1]:5000": true, "[::1]": true,
 		"localhost.example": false, "10.0.0.1:5000": false, "127.0.0.1.example:80": false, "example": false, "": false,
 	} {
 		if got := Loopback(host); got != want {

@@ -2,7 +2,7 @@ package image
 
 import (
 	"fmt"
-	"net"
+	"net/netip"
 	"regexp"
 	"strings"
 
@@ -96,10 +96,11 @@ func (r Reference) String() string {
 // Loopback reports whether a host[:port] is this very machine, the only place that is
 // spoken to in plain HTTP.
 func Loopback(hostport string) bool {
-	host, _, err := net.SplitHostPort(hostport)
-	if err != nil {
-		host = strings.Trim(hostport, "[]")
+	host := hostport
+	if i := strings.LastIndexByte(hostport, ':'); i >= 0 && !strings.HasSuffix(hostport, "]") {
+		host = hostport[:i]
 	}
-	ip := net.ParseIP(host)
-	return host == "localhost" || ip != nil && ip.IsLoopback()
+	// An error leaves the zero address, which is no loopback.
+	address, _ := netip.ParseAddr(strings.Trim(host, "[]"))
+	return host == "localhost" || address.IsLoopback()
 }

@@ -75,6 +75,9 @@ func (d *download) read(ctx context.Context, p []byte) (int, error) {
 		if d.size >= 0 && d.at == d.size {
 			return 0, io.EOF
 		}
+		if err := ctx.Err(); err != nil {
+			return 0, err
+		}
 		d.timer.Reset(d.client.stall)
 		n, err := d.resp.Body.Read(p)
 		// Between reads the clock stands still: a reader that waits is no stall.

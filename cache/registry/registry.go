@@ -243,7 +243,8 @@ var errPlain = errors.New("refusing plain HTTP")
 // newTransport is net/http's, without HTTP/2 (whose streams would share one connection,
 // and so one loss of a packet) and with as many idle connections as there are streams.
 func newTransport() http.RoundTripper {
-	t := http.DefaultTransport.(*http.Transport).Clone() //nolint:errcheck // net/http documents the type
+	// net/http documents the type behind the interface.
+	t := http.DefaultTransport.(*http.Transport).Clone()
 	t.ForceAttemptHTTP2 = false
 	t.Protocols = new(http.Protocols)
 	t.Protocols.SetHTTP1(true)

@@ -13,7 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
+	"log/slog"
 	"maps"
 	"net/http"
 	"net/url"
@@ -79,7 +79,7 @@ func New() *Registry {
 		panic("registrytest: go-containerregistry's memory store no longer takes blobs")
 	}
 	r := &Registry{blobs: blobs, faults: make(map[fleet.Digest][]*Fault), healed: make(chan struct{})}
-	r.inner = registry.New(registry.WithBlobHandler(blobs), registry.Logger(log.New(io.Discard, "", 0)))
+	r.inner = registry.New(registry.WithBlobHandler(blobs), registry.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))
 	r.Reset()
 	return r
 }

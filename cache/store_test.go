@@ -1,0 +1,596 @@
+package cache
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/image"
+	"github.com/paddock-ci/paddock/image/tart"
+)
+
+// shelf is a Fetcher in memory, for tests in virtual time: nothing in it waits but for
+// the test's own channels.
+type shelf struct {
+	mu    sync.Mutex
+	blobs map[fleet.Digest][]byte
+	asked []fleet.Digest
+	fail  error
+	// gate, if there is one for a blob, is waited for in the middle of its body, after
+	// its digest was sent to reached.
+	gate    map[fleet.Digest]chan struct{}
+	reached chan fleet.Digest
+}
+
+func newShelf() *shelf {
+	return &shelf{blobs: map[fleet.Digest][]byte{}, gate: map[fleet.Digest]chan struct{}{}, reached: make(chan fleet.Digest, 100)}
+}
+
+func (s *shelf) get(d fleet.Digest) ([]byte, chan struct{}, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.asked = append(s.asked, d)
+	data, ok := s.blobs[d]
+	if s.fail != nil {
+		return nil, nil, s.fail
+	}
+	if !ok {
+		return nil, nil, &Error{Class: ClassNotFound, Err: fmt.Errorf("no blob %s", d)}
+	}
+	return data, s.gate[d], nil
+}
+
+func (s *shelf) Manifest(_ context.Context, _ string, d fleet.Digest) ([]byte, error) {
+	data, _, err := s.get(d)
+	return data, err
+}
+
+func (s *shelf) Blob(ctx context.Context, _ string, b image.Blob) (io.ReadCloser, error) {
+	data, gate, err := s.get(b.Digest)
+	if err != nil || gate == nil {
+		return io.NopCloser(bytes.NewReader(data)), err
+	}
+	half := len(data) / 2
+	wait := readerFunc(func([]byte) (int, error) {
+		s.reached <- b.Digest
+		select {
+		case <-gate:
+			return 0, io.EOF
+		case <-ctx.Done():
+			return 0, ctx.Err()
+		}
+	})
+	return io.NopCloser(io.MultiReader(bytes.NewReader(data[:half]), wait, bytes.NewReader(data[half:]))), nil
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
+
+// put makes an image of chunks of 64 KiB, each filled with one letter and a number.
+func (s *shelf) put(t *testing.T, pattern string) (fleet.Hold, *image.Manifest) {
+	t.Helper()
+	var disk []byte
+	for _, c := range pattern {
+		chunk := bytes.Repeat([]byte{byte(c), 1, 2, 3}, 16<<10)
+		if c == '0' {
+			clear(chunk)
+		}
+		disk = append(disk, chunk...)
+	}
+	raw, err := tart.Build(tart.Source{
+		Config: &tart.Config{Version: 1, OS: "linux"}, NVRAM: []byte(pattern), Disk: bytes.NewReader(disk), ChunkSize: 64 << 10,
+	}, func(l tart.Layer) error {
+		s.blobs[l.Digest] = bytes.Clone(l.Data)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := image.DigestOf(raw)
+	s.blobs[d] = raw
+	m, _, err := image.Parse(raw, []image.Codec{tart.Codec{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fleet.Hold{Digest: d, Ref: "registry.example/base:" + strings.ToLower(pattern)}, m
+}
+
+// hold makes a blob wait in its middle; the returned function lets it go.
+func (s *shelf) hold(d fleet.Digest) func() {
+	gate := make(chan struct{})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.gate[d] = gate
+	return sync.OnceFunc(func() { close(gate) })
+}
+
+func openShelf(t *testing.T, s *shelf) *Store {
+	t.Helper()
+	store, err := Open(Config{Dir: t.TempDir(), Fetcher: s})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = store.Close() })
+	return store
+}
+
+func (s *Store) state(d fleet.Digest) fleet.ImageState {
+	for _, i := range s.List() {
+		if i.Digest == d {
+			return i.State
+		}
+	}
+	return gone
+}
+
+// Four images are wanted: two pre-warms, the second of a higher priority, then two that
+// jobs wait for. Each pre-warm pauses in the middle of a chunk for what is more urgent;
+// the demand pulls go in their order, then the pre-warm of the higher priority, then the
+// first goes on where it was.
+func TestTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		shelf := newShelf()
+		store := openShelf(t, shelf)
+		var pulls sync.WaitGroup
+		release := map[string]func(){}
+		digest := map[string]fleet.Digest{}
+		begin := func(pattern string, priority int, demand bool) {
+			h, m := shelf.put(t, pattern)
+			h.Priority, h.Demand = priority, demand
+			release[pattern], digest[pattern] = shelf.hold(m.Chunks[0].Blob), h.Digest
+			pulls.Go(func() {
+				if err := store.Pull(t.Context(), h); err != nil {
+					t.Error(err)
+				}
+			})
+			synctest.Wait()
+		}
+		expect := func(want map[string]fleet.ImageState) {
+			t.Helper()
+			synctest.Wait()
+			for pattern, state := range want {
+				if got := store.state(digest[pattern]); got != state {
+					t.Errorf("%s is %q; want %q", pattern, got, state)
+				}
+			}
+		}
+		begin("A", 1, false)
+		begin("B", 2, false)
+		expect(map[string]fleet.ImageState{"A": fleet.ImagePaused, "B": fleet.ImageCaching})
+		begin("C", 0, true)
+		begin("D", 0, true)
+		expect(map[string]fleet.ImageState{"A": fleet.ImagePaused, "B": fleet.ImagePaused, "C": fleet.ImageCaching, "D": fleet.ImageQueued})
+		// What a paused one waits for comes, and it moves no byte for it.
+		release["A"]()
+		expect(map[string]fleet.ImageState{"A": fleet.ImagePaused, "B": fleet.ImagePaused, "C": fleet.ImageCaching})
+		release["C"]()
+		expect(map[string]fleet.ImageState{"A": fleet.ImagePaused, "B": fleet.ImagePaused, "C": fleet.ImageReady, "D": fleet.ImageCaching})
+		release["D"]()
+		expect(map[string]fleet.ImageState{"A": fleet.ImagePaused, "B": fleet.ImageCaching, "D": fleet.ImageReady})
+		release["B"]()
+		expect(map[string]fleet.ImageState{"A": fleet.ImageReady, "B": fleet.ImageReady})
+		pulls.Wait()
+	})
+}
+
+// A job that begins to wait for an image that is being pre-warmed makes it a demand pull.
+func TestDemandJoinsPrewarm(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		shelf := newShelf()
+		store := openShelf(t, shelf)
+		first, m1 := shelf.put(t, "A")
+		second, m2 := shelf.put(t, "B")
+		first.Priority = 9
+		free1, free2 := shelf.hold(m1.Chunks[0].Blob), shelf.hold(m2.Chunks[0].Blob)
+		var pulls sync.WaitGroup
+		for _, h := range []fleet.Hold{first, second, {Digest: second.Digest, Ref: second.Ref, Demand: true}} {
+			pulls.Go(func() {
+				if err := store.Pull(t.Context(), h); err != nil {
+					t.Error(err)
+				}
+			})
+			synctest.Wait()
+		}
+		if a, b := store.state(first.Digest), store.state(second.Digest); a != fleet.ImagePaused || b != fleet.ImageCaching {
+			t.Errorf("the pre-warm is %q, the wanted one %q; want paused, caching", a, b)
+		}
+		free1()
+		free2()
+		pulls.Wait()
+	})
+}
+
+// After a failure, the same error comes back without a request until its time; waits
+// double, and a success forgets them.
+func TestBackoff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		shelf := newShelf()
+		store := openShelf(t, shelf)
+		h, _ := shelf.put(t, "A0B")
+		shelf.fail = &Error{Class: ClassAuth, Err: errors.New("no entry")}
+		wait := 5 * time.Second
+		for range 8 {
+			var failure *Error
+			if err := store.Pull(t.Context(), h); !errors.As(err, &failure) || failure.Class != ClassAuth {
+				t.Fatalf("got %v; want class auth", err)
+			}
+			if got := time.Until(failure.RetryAt); got != min(wait, 320*time.Second) {
+				t.Errorf("may be tried again after %s; want %s", got, min(wait, 320*time.Second))
+			}
+			asked := len(shelf.asked)
+			if err := store.Pull(t.Context(), h); !errors.Is(err, failure) || len(shelf.asked) != asked {
+				t.Errorf("before that, got %v after %d requests; want the same error and none", err, len(shelf.asked)-asked)
+			}
+			if i := store.List()[0]; i.State != fleet.ImageFailed || i.Class != "auth" || i.Error != "fetching the manifest: no entry" || !i.RetryAt.Equal(failure.RetryAt) {
+				t.Errorf("listed as %+v", i)
+			}
+			time.Sleep(time.Until(failure.RetryAt))
+			wait *= 2
+		}
+		shelf.fail = nil
+		if err := store.Pull(t.Context(), h); err != nil {
+			t.Fatal(err)
+		}
+		if i := store.List()[0]; i.State != fleet.ImageReady || i.Class != "" || i.Error != "" || !i.RetryAt.IsZero() {
+			t.Errorf("listed as %+v", i)
+		}
+	})
+}
+
+// Changed tells of every state, and of bytes at most twice a second.
+func TestChanged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		shelf := newShelf()
+		store := openShelf(t, shelf)
+		h, m := shelf.put(t, "A")
+		free := shelf.hold(m.Chunks[0].Blob)
+		var seen []fleet.ImageState
+		ended := make(chan struct{})
+		watch := make(chan struct{})
+		changed := store.Changed()
+		go func() {
+			defer close(watch)
+			for {
+				select {
+				case <-changed:
+				case <-ended:
+					return
+				}
+				changed = store.Changed()
+				if s := store.state(h.Digest); len(seen) == 0 || seen[len(seen)-1] != s {
+					seen = append(seen, s)
+				}
+			}
+		}()
+		go func() {
+			<-shelf.reached
+			time.Sleep(time.Second)
+			free()
+		}()
+		if err := store.Pull(t.Context(), h); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		close(ended)
+		<-watch
+		if len(seen) == 0 || seen[len(seen)-1] != fleet.ImageReady {
+			t.Errorf("the watcher saw %v; want ready at the end", seen)
+		}
+	})
+}
+
+// The table of moves is closed: each state can be reached, and each but gone is left.
+func TestMoves(t *testing.T) {
+	reached := map[fleet.ImageState]bool{}
+	for from, list := range moves {
+		if len(list) == 0 {
+			t.Errorf("%q is never left", from)
+		}
+		for _, to := range list {
+			reached[to] = true
+			if _, ok := moves[to]; !ok {
+				t.Errorf("%q goes to %q, which is not in the table", from, to)
+			}
+		}
+	}
+	for state := range moves {
+		if !reached[state] {
+			t.Errorf("%q is never reached", state)
+		}
+	}
+	store := openShelf(t, newShelf())
+	store.mu.Lock()
+	defer store.mu.Unlock()
+	e := store.entry("sha256:x")
+	if store.move(e, fleet.ImageVerifying); e.State != gone {
+		t.Errorf("a move that is not in the table went to %q", e.State)
+	}
+}
+
+// Leases: none before the image is ready; the same for the same holder, also after a
+// restart; a stale release does not end a newer lease.
+func TestLeases(t *testing.T) {
+	shelf := newShelf()
+	store := openShelf(t, shelf)
+	h, _ := shelf.put(t, "A")
+	if _, err := store.Lease(h.Digest, "vm1"); !errors.Is(err, ErrNotReady) {
+		t.Errorf("before the pull: %v; want %v", err, ErrNotReady)
+	}
+	if err := store.Pull(t.Context(), h); err != nil {
+		t.Fatal(err)
+	}
+	lease := func(s *Store, holder string) func() error {
+		t.Helper()
+		release, err := s.Lease(h.Digest, holder)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return release
+	}
+	count := func(s *Store, want int) {
+		t.Helper()
+		if got := s.List()[0].Leases; got != want {
+			t.Errorf("%d leases; want %d", got, want)
+		}
+	}
+	stale := lease(store, "vm1")
+	lease(store, "vm1")
+	lease(store, "../../vm2")
+	count(store, 2)
+	for range 2 {
+		if err := stale(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	count(store, 1)
+	lease(store, "vm1")
+	if err := stale(); err != nil {
+		t.Fatal(err)
+	}
+	count(store, 2)
+	if err := store.Evict(h.Digest); !errors.Is(err, ErrLeased) {
+		t.Errorf("evicting a leased image: %v; want %v", err, ErrLeased)
+	}
+	used := store.List()[0].UsedAt
+
+	dir := string(store.dir)
+	if err := store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	store, err := Open(Config{Dir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = store.Close() }()
+	count(store, 2)
+	if got := store.List()[0].UsedAt; got.Sub(used).Abs() > time.Second {
+		t.Errorf("last used at %s; want %s", got, used)
+	}
+	if err := store.Sweep([]string{"../../vm2", "vm3"}); err != nil {
+		t.Fatal(err)
+	}
+	count(store, 1)
+	if err := lease(store, "../../vm2")(); err != nil {
+		t.Fatal(err)
+	}
+	count(store, 0)
+	if err := store.Evict(h.Digest); err != nil {
+		t.Fatal(err)
+	}
+	if len(store.List()) != 0 {
+		t.Errorf("listed after its eviction: %+v", store.List())
+	}
+	for _, kind := range []string{"images", "partial", "leases", "trash"} {
+		names, err := os.ReadDir(filepath.Join(dir, kind))
+		if err != nil || len(names) != 0 {
+			t.Errorf("%s holds %v after the eviction (%v)", kind, names, err)
+		}
+	}
+}
+
+// Leases and clones race with evictions and pulls: a lease that was given keeps its
+// image, and a clone under it never fails.
+func TestLeaseEvictRace(t *testing.T) {
+	shelf := newShelf()
+	store := openShelf(t, shelf)
+	h, _ := shelf.put(t, "A0B")
+	root := t.TempDir()
+	var workers sync.WaitGroup
+	for w := range 4 {
+		workers.Go(func() {
+			for i := range 25 {
+				if err := store.Pull(t.Context(), h); err != nil {
+					t.Errorf("pull: %v", err)
+					return
+				}
+				release, err := store.Lease(h.Digest, fmt.Sprintf("vm-%d", w))
+				if errors.Is(err, ErrNotReady) {
+					continue // evicted in between, which is fair
+				}
+				if err != nil {
+					t.Errorf("lease: %v", err)
+					return
+				}
+				dir := filepath.Join(root, fmt.Sprintf("%d-%d", w, i))
+				if err := store.Clone(t.Context(), h.Digest, dir, 0); err != nil {
+					t.Errorf("clone of a leased image: %v", err)
+				}
+				if err := release(); err != nil {
+					t.Errorf("release: %v", err)
+				}
+			}
+		})
+	}
+	stop := make(chan struct{})
+	evictor := make(chan struct{})
+	go func() {
+		defer close(evictor)
+		for {
+			select {
+			case <-stop:
+				return
+			case <-store.Changed():
+			}
+			if err := store.Evict(h.Digest); err != nil && !errors.Is(err, ErrLeased) {
+				t.Errorf("evict: %v", err)
+			}
+		}
+	}()
+	workers.Wait()
+	close(stop)
+	<-evictor
+	if err := store.Pull(t.Context(), h); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// What a crash may leave is resumed or removed at the next start; whole images stay.
+func TestRecovery(t *testing.T) {
+	shelf := newShelf()
+	store := openShelf(t, shelf)
+	good, _ := shelf.put(t, "A")
+	half, m := shelf.put(t, "BC")
+	spoilt, _ := shelf.put(t, "D")
+	for _, h := range []fleet.Hold{good, half, spoilt} {
+		if err := store.Pull(t.Context(), h); err != nil {
+			t.Fatal(err)
+		}
+	}
+	at := store.dir
+	if err := store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	write := func(path, data string) {
+		t.Helper()
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(data), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// half is put back to partial, with one chunk in the journal and half a line more.
+	if err := os.Rename(at.image(half.Digest), at.partial(half.Digest)); err != nil {
+		t.Fatal(err)
+	}
+	write(filepath.Join(at.partial(half.Digest), journalFile), string(m.Chunks[0].Content)+"\n"+string(m.Chunks[1].Content)[:20])
+	if err := os.Truncate(filepath.Join(at.image(spoilt.Digest), diskFile), 100); err != nil {
+		t.Fatal(err)
+	}
+	write(filepath.Join(string(at), "images", "notes", "x"), "x")
+	write(filepath.Join(at.partial("sha256:"+fleet.Digest(strings.Repeat("e", 64))), journalFile), "")
+	write(filepath.Join(string(at), "trash", "old.XYZ", diskFile), "x")
+	write(at.lease(half.Digest, "vm"), "")
+
+	store, err := Open(Config{Dir: string(at), Fetcher: shelf})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = store.Close() }()
+	if a, b, c := store.state(good.Digest), store.state(half.Digest), store.state(spoilt.Digest); a != fleet.ImageReady || b != fleet.ImagePaused || c != gone {
+		t.Errorf("states %q, %q, %q; want ready, paused, none", a, b, c)
+	}
+	for kind, want := range map[string]int{"images": 1, "partial": 1, "trash": 0, "leases": 0} {
+		names, err := os.ReadDir(filepath.Join(string(at), kind))
+		if err != nil || len(names) != want {
+			t.Errorf("%s holds %v (%v); want %d", kind, names, err, want)
+		}
+	}
+	shelf.asked = nil
+	if err := store.Pull(t.Context(), half); err != nil {
+		t.Fatal(err)
+	}
+	if want := []fleet.Digest{m.Config.Digest, m.NVRAM.Digest, m.Chunks[1].Blob}; !slices.Equal(shelf.asked, want) {
+		t.Errorf("asked for %v; want %v", shelf.asked, want)
+	}
+}
+
+// Two processes on one store are kept apart.
+func TestLock(t *testing.T) {
+	store := openShelf(t, newShelf())
+	_, err := Open(Config{Dir: string(store.dir)})
+	if !errors.Is(err, ErrInUse) || !strings.Contains(err.Error(), fmt.Sprint(os.Getpid())) {
+		t.Errorf("got %v; want %v with the process's number", err, ErrInUse)
+	}
+	if err := store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	again, err := Open(Config{Dir: string(store.dir)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if free, err := again.Free(); err != nil || free <= 0 {
+		t.Errorf("%d bytes free, %v", free, err)
+	}
+	if err := again.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestOpenRefusals(t *testing.T) {
+	for _, cfg := range []Config{{}, {Dir: t.TempDir(), Streams: -1}, {Dir: t.TempDir(), Backoff: -1}} {
+		if s, err := Open(cfg); err == nil {
+			_ = s.Close()
+			t.Errorf("%+v was accepted", cfg)
+		}
+	}
+}
+
+// The evicted image's waiters look again: a pull that comes during an eviction begins
+// anew after it, and a failed image can be evicted.
+func TestEvictFailed(t *testing.T) {
+	shelf := newShelf()
+	store := openShelf(t, shelf)
+	h, m := shelf.put(t, "AB")
+	spoilt := shelf.blobs[m.Chunks[1].Blob]
+	shelf.blobs[m.Chunks[1].Blob] = spoilt[1:]
+	if err := store.Pull(t.Context(), h); ClassOf(err) != ClassDigest {
+		t.Fatalf("got %v; want class digest", err)
+	}
+	if err := store.Evict(h.Digest); err != nil {
+		t.Fatal(err)
+	}
+	if len(store.List()) != 0 {
+		t.Errorf("listed: %+v", store.List())
+	}
+	shelf.blobs[m.Chunks[1].Blob] = spoilt
+	// Eviction also forgets the back-off: this is a new order.
+	if err := store.Pull(t.Context(), h); err != nil {
+		t.Fatal(err)
+	}
+	if err := store.Evict("sha256:" + fleet.Digest(strings.Repeat("0", 64))); err != nil {
+		t.Errorf("evicting what is not here: %v", err)
+	}
+}
+
+func FuzzJournal(f *testing.F) {
+	f.Add([]byte("sha256:" + strings.Repeat("a", 64) + "\nsha256:" + strings.Repeat("b", 64)))
+	f.Add([]byte("\n\n"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		done, whole := parseJournal(data)
+		if whole > int64(len(data)) {
+			t.Fatalf("%d of %d bytes are whole lines", whole, len(data))
+		}
+		again, rest := parseJournal(data[:whole])
+		if len(again) != len(done) || rest != whole {
+			t.Fatalf("read again: %d entries, %d bytes; were %d, %d", len(again), rest, len(done), whole)
+		}
+		for d := range done {
+			if err := fleet.CheckDigest(d); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}
