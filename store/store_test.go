@@ -55,10 +55,7 @@ func TestConformance(t *testing.T) {
 			return s
 		})
 	})
-	t.Run("embedded in memory", func(t *testing.T) {
-		storetest.Run(t, func(t *testing.T) *store.Store { return openEmbedded(t, store.EmbeddedConfig{}) })
-	})
-	t.Run("embedded on disk", func(t *testing.T) {
+	t.Run("embedded", func(t *testing.T) {
 		storetest.Run(t, func(t *testing.T) *store.Store {
 			dir := t.TempDir()
 			return openEmbedded(t, store.EmbeddedConfig{Dir: dir, Ledger: dir + "/ledger.json"})

@@ -53,15 +53,6 @@ func older(a, b *fleet.Job) int {
 
 func isOpen(j *fleet.Job) bool { return j != nil && !fleet.StatusRanks[j.Status].Final }
 
-// change is one record that differs from the last view; nil values are deletions.
-type change struct {
-	job    *fleet.Job
-	vm     *fleet.VM
-	node   *fleet.Node
-	image  *fleet.Image
-	orders *fleet.Orders
-}
-
 // rebuildAbove is the number of changed jobs above which sorting all open jobs anew
 // is cheaper than moving them one by one.
 const rebuildAbove = 64

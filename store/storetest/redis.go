@@ -1,8 +1,9 @@
 // Package storetest is the store's contract as a test: Run holds any way of opening a
 // store to it, and StartRedis gives tests a real redis-server to open one on.
 //
-// It is for tests only; the store's own, and those of packages that want to see
-// their part on a real Redis that stops, hangs or forgets everything.
+// It is no store and no double of one: whoever needs a store in a test opens the
+// embedded one. The store's tests call it, and those of packages that want to see their
+// part on a real Redis that stops, hangs or forgets everything.
 package storetest
 
 import (
