@@ -219,7 +219,7 @@ func listen(ctx context.Context, f folder) (*os.File, error) {
 		_ = l.Close()
 		return nil, fmt.Errorf("making the helper's socket: got a %T", l)
 	}
-	unix.SetUnlinkOnClose(false)
+	unix.SetUnlinkOnClose(false) // closing our copy must leave the path to the helper
 	file, err := unix.File()
 	_ = unix.Close()
 	if err != nil {

@@ -65,7 +65,7 @@ func helperRole(mode, slotDir, slots string) error {
 		return err
 	}
 	var d vm.Driver
-	d, err = process.New(process.Config{Command: []string{self, "guest-agent"}, Slots: n, SlotDir: slotDir})
+	d, err = process.New(process.Config{Command: []string{self, "guest-agent"}, Slots: n, SlotDir: slotDir, Env: processtest.Env})
 	if err != nil {
 		return err
 	}
@@ -139,7 +139,7 @@ func newFixture(t *testing.T, mode string, slots int) *fixture {
 	}
 	f := &fixture{dir: dir, command: []string{self, "vm-helper", mode, t.TempDir(), strconv.Itoa(slots)}, log: &lockedBuffer{}}
 	log := slog.New(slog.NewTextHandler(f.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	f.driver, err = helper.New(helper.Config{Command: f.command, Dir: dir, Log: log})
+	f.driver, err = helper.New(helper.Config{Command: f.command, Dir: dir, Env: processtest.Env, Log: log})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -231,7 +231,7 @@ func agentRole(dir, slots, machineDir string) error {
 	if err != nil {
 		return err
 	}
-	d, err := helper.New(helper.Config{Command: []string{self, "vm-helper", "good", slots, "0"}, Dir: dir})
+	d, err := helper.New(helper.Config{Command: []string{self, "vm-helper", "good", slots, "0"}, Dir: dir, Env: processtest.Env})
 	if err != nil {
 		return err
 	}
@@ -417,7 +417,7 @@ func TestHelperKilledWithNobodyLooking(t *testing.T) {
 func TestHungHelperIsKilled(t *testing.T) {
 	f := newFixture(t, "good", 0)
 	var err error
-	f.driver, err = helper.New(helper.Config{Command: f.command, Dir: f.dir, Patience: time.Second})
+	f.driver, err = helper.New(helper.Config{Command: f.command, Dir: f.dir, Env: processtest.Env, Patience: time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}

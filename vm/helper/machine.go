@@ -199,6 +199,7 @@ func (m *machine) watch(ctx context.Context, enough func(report) bool) (report, 
 	if !errors.Is(err, errGone) {
 		return report{}, err
 	}
+	// One goroutine at a time reads or makes the last word: reaping twice is a waste.
 	select {
 	case m.turn <- struct{}{}:
 		defer func() { <-m.turn }()
@@ -214,6 +215,7 @@ func (m *machine) lastWord(ctx context.Context) (report, error) {
 	if r := m.known(); r != nil {
 		return *r, nil
 	}
+	// Gone while we waited for the turn, or through another handle.
 	if exists, err := m.folder.exists(); err != nil || !exists {
 		return report{State: ended, Exit: vm.Exit{At: time.Now().UTC(), Reason: "destroyed"}}, err
 	}

@@ -113,7 +113,7 @@ func (s *server) live(ctx context.Context) report {
 		}
 	}()
 	m, err := s.driver.Boot(ctx, s.order.Spec)
-	if err != nil {
+	if err != nil { // the contract: nothing is left
 		exit := vm.Exit{At: time.Now().UTC(), Reason: "did not boot: " + err.Error()}
 		return report{State: failed, Exit: exit, Error: newFailure(err)}
 	}
@@ -123,7 +123,7 @@ func (s *server) live(ctx context.Context) report {
 	limit, stop := context.WithTimeout(context.WithoutCancel(ctx), destroyLimit)
 	defer stop()
 	destroyed := m.Destroy(limit)
-	if err != nil {
+	if err != nil { // it was we who ended it
 		if exit, err = m.Wait(limit); err != nil {
 			exit = vm.Exit{At: time.Now().UTC(), Reason: "destroyed"}
 		}
@@ -213,7 +213,7 @@ func (s *server) handle(ctx context.Context, conn net.Conn) (keep bool) {
 	ctx, listened := untilHangUp(ctx, conn)
 	switch r.Op {
 	case opDestroy:
-		s.ask()
+		s.ask() // stands, even if the peer hangs up
 		s.reportFrom(ctx, conn, true)
 	case opWatch:
 		s.reportFrom(ctx, conn, false)
@@ -260,7 +260,7 @@ func (s *server) reportFrom(ctx context.Context, conn net.Conn, onlyFinal bool) 
 		}
 		select {
 		case <-changed:
-		case <-ctx.Done():
+		case <-ctx.Done(): // hung up, or this process ends: then the final report is due
 			if now, _, _ := s.now(); !now.State.final() {
 				return
 			}

@@ -11,7 +11,10 @@
 // the guest ends with all that runs in it.
 //
 // It is no isolation: what runs in such a machine runs as the user who started it and
-// sees the host's files. CPU, memory and mounts of a Spec are ignored.
+// sees the host's files. CPU, memory and mounts of a Spec are ignored. On Linux nothing
+// escapes Destroy; if the guest is killed by a job, a process that left its session and
+// wiped its environment does. On darwin, which has no inheriting of orphans, that holds
+// for Destroy as well.
 //
 // Called by cmd, inside the vm-helper process, and by tests; GuestMain is what the
 // hidden guest-agent command calls.

@@ -28,6 +28,7 @@ func newDriver(t *testing.T, c process.Config) *process.Driver {
 	if c.Command == nil {
 		c.Command = processtest.Command(t)
 	}
+	c.Env = append(c.Env, processtest.Env...)
 	d, err := process.New(c)
 	if err != nil {
 		t.Fatal(err)
@@ -103,13 +104,13 @@ func TestCommandThatCannotRun(t *testing.T) {
 // escape is a job that does what it can to outlive its machine: a daemon in a session
 // of its own whose parent ended, one without the environment, one that ignores signals.
 const escape = `
-setsid sh -c 'sleep 601 & exec sleep 602' &
-setsid env -i sh -c 'cd /; echo escaped > '"$PWD"'/bare; exec sleep 603' &
-setsid sh -c 'trap "" TERM HUP INT; while :; do sleep 604; done' &
-(setsid sleep 605 &)
+setsid sh -c 'sleep 98601 & exec sleep 98602' &
+setsid env -i sh -c 'cd /; echo escaped > '"$PWD"'/bare; exec sleep 98603' &
+setsid sh -c 'trap "" TERM HUP INT; while :; do sleep 98604; done' &
+(setsid sleep 98605 &)
 while [ ! -s bare ]; do sleep 0.01; done
 echo "Running job: escape"
-sleep 606`
+sleep 98606`
 
 // startEscape boots a machine that runs escape, and returns once all of it runs.
 func startEscape(t *testing.T, d vm.Driver, spec vm.Spec) vm.Machine {
@@ -139,14 +140,14 @@ func startEscape(t *testing.T, d vm.Driver, spec vm.Spec) vm.Machine {
 	return m
 }
 
-// sleepers names the sleeps of escape that still run, wherever they hang: the scan by
+// sleepers names the sleeps of escape (their seconds are found nowhere else) that still run, wherever they hang: the scan by
 // directory would not see the one without environment.
 func sleepers() []string {
 	var found []string
 	paths, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, path := range paths {
 		args, _ := os.ReadFile(path)
-		if strings.HasPrefix(string(args), "sleep\x0060") {
+		if strings.HasPrefix(string(args), "sleep\x009860") {
 			found = append(found, filepath.Base(filepath.Dir(path))+" "+string(args))
 		}
 	}
@@ -189,7 +190,7 @@ func TestGuestKilledTakesTheRestAlong(t *testing.T) {
 		if _, err := fmt.Sscanf(s, "%d", &pid); err != nil {
 			t.Fatal(err)
 		}
-		if !strings.Contains(s, "603") {
+		if !strings.Contains(s, "98603") {
 			t.Errorf("left: %s", s)
 		}
 		_ = syscall.Kill(pid, syscall.SIGKILL)

@@ -2,6 +2,7 @@ package process
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -25,9 +26,9 @@ type proc struct {
 
 // tree is the processes of one machine.
 type tree struct {
-	root int    // the guest's pid and session; 0: not known, go by the mark alone
-	mark string // NAME=value in the environment
-	seen map[int]bool
+	root int          // the guest's pid and session; 0: not known, go by the mark alone
+	mark string       // NAME=value in the environment
+	seen map[int]bool // pids found so far, to be reaped if they became our children
 }
 
 // members picks the machine's processes out of all: the root, its session, the marked,
@@ -123,7 +124,7 @@ func (t *tree) killAll(ctx context.Context, byMark bool, spare int) error {
 // reap takes an orphan's exit status if it became our child; else its parent does.
 func reap(pid int) {
 	for {
-		if _, err := unix.Wait4(pid, nil, unix.WNOHANG, nil); err != unix.EINTR { //nolint:errorlint // an errno as it is
+		if _, err := unix.Wait4(pid, nil, unix.WNOHANG, nil); !errors.Is(err, unix.EINTR) {
 			return
 		}
 	}

@@ -96,7 +96,7 @@ func bounded(t *testing.T) context.Context {
 	return ctx
 }
 
-// boot boots a new machine, and at the test's end destroys it and looks for leftovers.
+// boot boots a new machine; the test destroys it.
 func (s *suite) boot(t *testing.T) (vm.Machine, vm.Spec) {
 	t.Helper()
 	spec := s.Spec(t)
@@ -172,6 +172,7 @@ func bootAndRun(t *testing.T, s *suite) {
 	s.destroy(t, m, spec)
 }
 
+// Everyone who waits is told, and told the same.
 func waitFromMany(t *testing.T, s *suite) {
 	m, spec := s.boot(t)
 	const waiters = 5
@@ -199,6 +200,7 @@ func waitFromMany(t *testing.T, s *suite) {
 	}
 }
 
+// Nobody hangs in Dial while the machine goes away, and afterwards it is ErrEnded.
 func destroyWhileDialling(t *testing.T, s *suite) {
 	m, spec := s.boot(t)
 	ctx := bounded(t)
@@ -259,6 +261,7 @@ func afterTheEnd(t *testing.T, s *suite) {
 	}
 }
 
+// A watch on a destroyed machine does not hang.
 func streamEnds(t *testing.T, s *suite) {
 	m, spec := s.boot(t)
 	c := s.dial(t, m)
@@ -276,6 +279,7 @@ func streamEnds(t *testing.T, s *suite) {
 	}
 }
 
+// A machine too many is told so, and a freed slot can be taken at once.
 func capacity(t *testing.T, s *suite) {
 	machines := map[vm.Machine]vm.Spec{}
 	for range s.Slots {
@@ -302,6 +306,7 @@ func capacity(t *testing.T, s *suite) {
 	}
 }
 
+// A boot that fails says what the console said, and gives its slot back.
 func bootFails(t *testing.T, s *suite) {
 	for range s.Slots + 1 { // a failed boot keeps no slot
 		spec := s.Broken(t)
@@ -317,6 +322,7 @@ func bootFails(t *testing.T, s *suite) {
 	}
 }
 
+// A boot that is given up, in the middle or before it began, leaves nothing.
 func bootCancelled(t *testing.T, s *suite) {
 	for range s.Slots + 1 {
 		spec := s.Hanging(t)
@@ -361,6 +367,7 @@ func manyMachines(t *testing.T, s *suite) {
 	}
 }
 
+// A guest that powers off or crashes is noticed, and its reason outlives Destroy.
 func diesByItself(t *testing.T, s *suite) {
 	m, spec := s.boot(t)
 	s.Kill(t, spec)
@@ -377,6 +384,7 @@ func diesByItself(t *testing.T, s *suite) {
 	}
 }
 
+// A caller that gives up waiting does the machine no harm.
 func contextEnds(t *testing.T, s *suite) {
 	m, spec := s.boot(t)
 	ctx, cancel := context.WithCancel(bounded(t))

@@ -67,6 +67,10 @@ func Guest() {
 	os.Exit(0)
 }
 
+// Env is for processes that are this test binary (process.Config.Env, helper.Config.Env):
+// one built with -race otherwise sleeps for a second before it exits.
+var Env = []string{"GORACE=atexit_sleep_ms=0"}
+
 // Command is the argv of this test binary as a guest.
 func Command(t *testing.T) []string {
 	t.Helper()
