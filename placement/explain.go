@@ -137,10 +137,12 @@ func (p *pass) waits(e *entry, pool *pool, o *outcome) string {
 		return fmt.Sprintf("for a warm slot on %s, free in %s; a cold pull would take %s", n.in.ID, slot, about(pool.cheapest))
 	case c.image == 0:
 		return fmt.Sprintf("for a slot on %s, free in %s", n.in.ID, slot)
-	case c.early():
+	case c.early() && c.newPull:
 		return fmt.Sprintf("for a slot on %s, free in %s; its image is pulled nearer the time", n.in.ID, slot)
 	case c.wait > c.image:
 		return fmt.Sprintf("for a slot on %s, free in %s; its image is pulled meanwhile", n.in.ID, slot)
+	case r.delay > 0:
+		return fmt.Sprintf("for its image on %s: the last pull failed and is tried again in %s", n.in.ID, about(r.delay))
 	case r.presence == moving:
 		return fmt.Sprintf("for its image on %s: %s left, ready in %s", n.in.ID, size(r.left), about(c.image))
 	default:

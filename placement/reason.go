@@ -31,7 +31,6 @@ const (
 	ReasonTooSmall    Reason = "too-small"       // fewer cores or less memory than one VM needs
 	ReasonDisk        Reason = "disk"            // too little disk left for the image or for clones to grow
 	ReasonImageSize   Reason = "image-too-large" // the image would not fit on an empty disk
-	ReasonImageFailed Reason = "image-failed"    // the last pull failed, and it is not yet time to try again
 )
 
 // words are the reasons for people.
@@ -50,7 +49,6 @@ var words = map[Reason]string{
 	ReasonTooSmall:      "node too small for the pool's VMs",
 	ReasonDisk:          "too little disk left",
 	ReasonImageSize:     "image larger than the disk",
-	ReasonImageFailed:   "the last pull of the image failed",
 }
 
 // Words is the reason as a person reads it.

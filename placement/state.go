@@ -105,13 +105,13 @@ const (
 
 // residence is an image on a node.
 type residence struct {
-	left     int64 // bytes on the wire still to come
-	disk     int64 // bytes on the disk still to be filled
-	held     int32 // 1 + index into plan.Hold; 0: not in it
+	left     int64         // bytes on the wire still to come
+	disk     int64         // bytes on the disk still to be filled
+	delay    time.Duration // until a failed pull is tried again
+	held     int32         // 1 + index into plan.Hold; 0: not in it
 	presence presence
 	ordered  bool // before this pass
 	queued   bool // its bytes are counted in the node's queue
-	failed   bool // and not yet to be tried again
 	demand   bool // ordered for a job before this pass
 	needed   bool // a choice of this pass rests on it
 	gone     bool // let go by this pass
@@ -248,8 +248,8 @@ func (p *pass) indexImage(n *node, on *fleet.NodeImage) {
 	case fleet.ImageQueued, fleet.ImagePaused:
 		r.presence = waiting
 	case fleet.ImageFailed:
-		r.failed = on.RetryAt.After(p.s.Now)
-		r.queued = r.queued && !r.failed
+		r.delay = max(0, on.RetryAt.Sub(p.s.Now))
+		r.queued = false // others go first until then
 	case fleet.ImageEvicting:
 		*r = residence{left: p.images[k].Bytes, disk: p.images[k].DiskBytes}
 	}

@@ -28,10 +28,9 @@ func (p *pass) ready(c *candidate) time.Duration { return max(c.wait, c.image) +
 
 // weigh is the formula: one node for a job of one pool, as things stand in this pass;
 // what refuses does not say is left to the caller.
-// Strict leaves out what is reserved and what another pool keeps idle: for VMs that no
-// job waits for. Within a pass the cost of a node only grows, except that an
-// ordered image loses the weight of its pull (see order), and strict only adds to it;
-// the heaps rely on that.
+// Strict leaves out every reservation, for VMs that no job waits for. Within a pass the
+// cost of a node only grows, except that an ordered image loses the weight of its pull
+// (see enqueue), and strict only adds to it; the heaps rely on that.
 func (p *pass) weigh(pool *pool, ni int, strict bool) candidate {
 	n := &p.nodes[ni]
 	c := candidate{node: ni}
@@ -45,17 +44,17 @@ func (p *pass) weigh(pool *pool, ni int, strict bool) candidate {
 	case r.presence == moving:
 		c.image = max(minPull, transfer(r.left, n.rate))
 	case r.queued:
-		c.image = max(minPull, transfer(n.queue, n.rate)) // its bytes are in the queue
+		c.image = r.delay + max(minPull, transfer(n.queue, n.rate)) // its bytes are in the queue
 	default:
-		c.image = max(minPull, transfer(n.queue+r.left, n.rate))
+		c.image = r.delay + max(minPull, transfer(n.queue+r.left, n.rate))
 		c.newPull = r.presence == absent
 	}
 	if c.newPull {
 		own = transfer(r.left, n.rate)
 	}
 	c.slot, c.wait = n.pick(c.image == 0, strict)
-	c.cost = p.ready(&c) + time.Duration(p.alpha*float64(own)) + n.tie +
-		spreadWeight*time.Duration(n.used)/time.Duration(len(n.slots))
+	spread := spreadWeight * time.Duration(n.used) / time.Duration(len(n.slots))
+	c.cost = p.ready(&c) + time.Duration(p.alpha*float64(own)).Round(time.Millisecond) + n.tie + spread.Round(time.Millisecond)
 	return c
 }
 
@@ -66,10 +65,7 @@ func (n *node) pick(imageReady, strict bool) (int, time.Duration) {
 	for i := range n.slots {
 		s := &n.slots[i]
 		t := s.avail
-		switch {
-		case s.idle != "" && strict:
-			t = unknownEnd
-		case s.open && imageReady && !strict:
+		if s.open && imageReady && !strict {
 			t = s.soon
 		}
 		if wait < 0 || t < wait {
@@ -93,8 +89,6 @@ func (p *pass) refuses(pool *pool, n *node) Reason {
 		return ReasonSelector
 	case !fits(pool.Pool, n.in):
 		return ReasonTooSmall
-	case n.have[pool.image].failed:
-		return ReasonImageFailed
 	}
 	return ""
 }
