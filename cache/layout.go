@@ -89,10 +89,11 @@ func (l layout) lock() (*os.File, error) {
 
 // discard takes a directory out of the way by one rename, and then removes it.
 func (l layout) discard(path string) error {
-	trash := l.trash(filepath.Base(path))
-	if err := os.Rename(path, trash); errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
 		return nil
-	} else if err != nil {
+	}
+	trash := l.trash(filepath.Base(path))
+	if err := os.Rename(path, trash); err != nil {
 		return err
 	}
 	if err := syncDir(filepath.Dir(path)); err != nil {

@@ -1,0 +1,92 @@
+package cache
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/paddock-ci/paddock/fleet"
+)
+
+// What a crash may leave is resumed or removed at the next start; whole images stay.
+func TestRecovery(t *testing.T) {
+	shelf := newShelf()
+	store := openShelf(t, shelf)
+	good, _ := shelf.put(t, "A")
+	half, m := shelf.put(t, "BC")
+	spoilt, _ := shelf.put(t, "D")
+	for _, h := range []fleet.Hold{good, half, spoilt} {
+		if err := store.Pull(t.Context(), h); err != nil {
+			t.Fatal(err)
+		}
+	}
+	at := store.dir
+	if err := store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	write := func(path, data string) {
+		t.Helper()
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(data), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// half is put back to partial, with one chunk in the journal and half a line more.
+	if err := os.Rename(at.image(half.Digest), at.partial(half.Digest)); err != nil {
+		t.Fatal(err)
+	}
+	write(filepath.Join(at.partial(half.Digest), journalFile), string(m.Chunks[0].Content)+"\n"+string(m.Chunks[1].Content)[:20])
+	if err := os.Truncate(filepath.Join(at.image(spoilt.Digest), diskFile), 100); err != nil {
+		t.Fatal(err)
+	}
+	write(filepath.Join(string(at), "images", "notes", "x"), "x")
+	write(filepath.Join(at.partial("sha256:"+fleet.Digest(strings.Repeat("e", 64))), journalFile), "")
+	write(filepath.Join(string(at), "trash", "old.XYZ", diskFile), "x")
+	write(at.lease(half.Digest, "vm"), "")
+
+	store, err := Open(Config{Dir: string(at), Fetcher: shelf})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = store.Close() }()
+	if a, b, c := store.state(good.Digest), store.state(half.Digest), store.state(spoilt.Digest); a != fleet.ImageReady || b != fleet.ImagePaused || c != gone {
+		t.Errorf("states %q, %q, %q; want ready, paused, none", a, b, c)
+	}
+	for kind, want := range map[string]int{"images": 1, "partial": 1, "trash": 0, "leases": 0} {
+		names, err := os.ReadDir(filepath.Join(string(at), kind))
+		if err != nil || len(names) != want {
+			t.Errorf("%s holds %v (%v); want %d", kind, names, err, want)
+		}
+	}
+	shelf.asked = nil
+	if err := store.Pull(t.Context(), half); err != nil {
+		t.Fatal(err)
+	}
+	if want := []fleet.Digest{m.Config.Digest, m.NVRAM.Digest, m.Chunks[1].Blob}; !slices.Equal(shelf.asked, want) {
+		t.Errorf("asked for %v; want %v", shelf.asked, want)
+	}
+}
+
+func FuzzJournal(f *testing.F) {
+	f.Add([]byte("sha256:" + strings.Repeat("a", 64) + "\nsha256:" + strings.Repeat("b", 64)))
+	f.Add([]byte("\n\n"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		done, whole := parseJournal(data)
+		if whole > int64(len(data)) {
+			t.Fatalf("%d of %d bytes are whole lines", whole, len(data))
+		}
+		again, rest := parseJournal(data[:whole])
+		if len(again) != len(done) || rest != whole {
+			t.Fatalf("read again: %d entries, %d bytes; were %d, %d", len(again), rest, len(done), whole)
+		}
+		for d := range done {
+			if err := fleet.CheckDigest(d); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+}
