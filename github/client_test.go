@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -14,6 +15,7 @@ import (
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/github"
 	"github.com/paddock-ci/paddock/github/githubtest"
+	"github.com/paddock-ci/paddock/github/githubtest/testrunner"
 )
 
 var macOS = fleet.NewLabels("self-hosted", "macOS")
@@ -353,6 +355,68 @@ func TestUnchangedAnswers(t *testing.T) {
 	}
 	if n := wire.unchanged.Load(); n != 3 {
 		t.Errorf("%d answers were 304, want 3", n)
+	}
+}
+
+// An answer that has not changed costs nothing: with two requests an hour, one may ask on.
+func TestUnchangedAnswersAreFree(t *testing.T) {
+	_, client, _ := setup(t, githubtest.Config{Limit: 2})
+	for range 10 {
+		if _, err := client.Runners(t.Context(), "acme"); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A login that is limited is a limit like any other.
+func TestALimitedLogin(t *testing.T) {
+	gh, client, _ := setup(t, githubtest.Config{})
+	gh.SetFaults(githubtest.Once(1, func(r *http.Request) bool { return strings.HasSuffix(r.URL.Path, "/access_tokens") },
+		githubtest.RequestFault{Status: 429, RetryAfter: 30 * time.Second}))
+	_, err := client.MintRunner(t.Context(), "acme", "r", 1, macOS)
+	var limited *github.RateLimited
+	if !errors.As(err, &limited) || time.Until(limited.Until) > 31*time.Second {
+		t.Errorf("%v, want RateLimited for 30 s", err)
+	}
+}
+
+// A busy runner is not removed; when its job is done, it is gone.
+func TestABusyRunnerStays(t *testing.T) {
+	gh, client, _ := setup(t, githubtest.Config{})
+	ctx := t.Context()
+	_, ids, err := gh.QueueRun(githubtest.Run{Repository: "acme/app", Jobs: []githubtest.JobSpec{
+		{Name: "build", Labels: macOS, Steps: []string{"exec sleep 600"}},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	minted, err := client.MintRunner(ctx, "acme", "r", 1, macOS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		_, err := testrunner.Run(ctx, strings.NewReader(minted.JIT), io.Discard)
+		ended <- err
+	}()
+	if _, err := gh.WaitJob(ctx, ids[0], fleet.JobInProgress); err != nil {
+		t.Fatal(err)
+	}
+	if err := client.RemoveRunner(ctx, "acme", minted.RunnerID); !errors.Is(err, github.ErrBusy) {
+		t.Errorf("%v, want ErrBusy", err)
+	}
+	found, ok, err := client.FindRunner(ctx, "acme", "r")
+	if err != nil || !ok || !found.Busy || found.Status != "online" {
+		t.Errorf("%v, found %v %+v", err, ok, found)
+	}
+	if err := gh.Cancel(ids[0]); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	if err := client.RemoveRunner(ctx, "acme", minted.RunnerID); err != nil {
+		t.Errorf("after its job: %v", err)
 	}
 }
 

@@ -2,6 +2,7 @@ package githubtest
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/hmac"
 	"crypto/sha256"
@@ -10,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strconv"
 	"time"
 
@@ -33,7 +35,8 @@ type Delivery struct {
 
 // delivery is an entry of the log, with what the log shows beside it.
 type delivery struct {
-	Delivery
+	Delivery     // without the payload
+	parts        envelope
 	installation int64
 	repository   int64
 	duration     time.Duration
@@ -46,54 +49,80 @@ type outgoing struct {
 	due   time.Time
 }
 
-// envelope is the payload of a workflow_job webhook, in GitHub's order of fields.
+// envelope is the payload of a workflow_job webhook, in GitHub's order of fields. The log
+// keeps it in parts: of the 8 KB only the job's 2 KB are its own.
 type envelope struct {
 	Action       string          `json:"action"`
-	Job          object          `json:"workflow_job"`
-	Deployment   object          `json:"deployment,omitempty"`
+	Job          json.RawMessage `json:"workflow_job"`
+	Deployment   json.RawMessage `json:"deployment,omitempty"`
 	Repository   json.RawMessage `json:"repository"`
-	Organization object          `json:"organization,omitempty"`
-	Sender       object          `json:"sender"`
-	Installation object          `json:"installation,omitempty"`
+	Organization json.RawMessage `json:"organization,omitempty"`
+	Sender       json.RawMessage `json:"sender"`
+	Installation json.RawMessage `json:"installation,omitempty"`
+}
+
+// payload is the body that is signed and sent, the same each time.
+func (d *delivery) payload() []byte {
+	body, err := json.Marshal(d.parts)
+	if err != nil {
+		return nil // it was written once when it was validated
+	}
+	return body
+}
+
+// snapshot is the delivery as others see it.
+func (d *delivery) snapshot() Delivery {
+	whole := d.Delivery
+	whole.Payload = d.payload()
+	return whole
 }
 
 // emit writes the webhook of a job's change into the log and sends it on its way.
 func (g *GitHub) emit(j *job, action string) {
 	now := g.c.Now()
-	owner := j.run.repo.owner
 	entry := &delivery{
 		Delivery: Delivery{
 			ID: firstDeliveryID + g.id(), GUID: newUUID(now), Event: "workflow_job", Action: action, Job: j.id, At: now,
 		},
-		installation: owner.installation, repository: j.run.repo.id,
+		installation: j.run.repo.owner.installation, repository: j.run.repo.id,
 	}
 	var fate Fate
 	if g.weather.Delivery != nil {
 		fate = g.weather.Delivery(entry.Delivery)
 	}
-	e := envelope{Action: action, Job: j.fields(), Repository: j.run.repo.raw, Sender: sender}
-	if j.deployment != nil {
-		e.Deployment = j.deploymentObject()
-	}
-	if owner.kind == "Organization" {
-		e.Organization = owner.organization()
-	}
-	if id := owner.installation; id != 0 || fate.Installation != 0 {
-		if fate.Installation != 0 {
-			id = fate.Installation
-		}
-		e.Installation = object{"id": id, "node_id": nodeID("Integration", id)}
-	}
-	payload, err := json.Marshal(e)
+	parts, err := j.envelope(action, fate.Installation)
+	entry.parts = parts
 	if err == nil {
-		err = g.schema.hook(entry.Event, action, payload)
+		err = g.schema.hook(entry.Event, action, entry.payload())
 	}
 	if err != nil {
 		g.violations = append(g.violations, err.Error())
 		return
 	}
-	entry.Payload = payload
 	g.launch(entry, fate)
+}
+
+// envelope writes the parts of a webhook; installation is put into it instead of the
+// true id if it is not 0.
+func (j *job) envelope(action string, installation int64) (envelope, error) {
+	repo := j.run.repo
+	if installation == 0 {
+		installation = repo.owner.installation
+	}
+	e := envelope{Action: action, Repository: repo.raw, Organization: repo.organization, Sender: senderRaw}
+	var err error
+	if e.Job, err = json.Marshal(j.fields()); err != nil {
+		return e, err
+	}
+	if j.deployment != nil {
+		if e.Deployment, err = json.Marshal(j.deploymentObject()); err != nil {
+			return e, err
+		}
+	}
+	if installation != 0 {
+		e.Installation, err = json.Marshal(object{"id": installation, "node_id": nodeID("Integration", installation)})
+	}
+	return e, err
 }
 
 // launch puts a delivery into the log and, unless the weather drops it, on its way.
@@ -134,12 +163,12 @@ const patience = 10 * time.Second
 // send posts one webhook and writes the outcome into the log.
 func (g *GitHub) send(ctx context.Context, o *outgoing) {
 	g.mu.Lock()
-	url := g.webhook
+	url, entry := g.webhook, o.entry.Delivery
 	g.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	began := g.c.Now()
-	header, code, err := g.post(ctx, url, o.entry)
+	header, code, err := g.post(ctx, url, entry, o.entry.payload())
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.underWay--
@@ -153,8 +182,8 @@ func (g *GitHub) send(ctx context.Context, o *outgoing) {
 }
 
 // post sends the request as GitHub does.
-func (g *GitHub) post(ctx context.Context, url string, d *delivery) (sent http.Header, code int, err error) {
-	request, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(d.Payload))
+func (g *GitHub) post(ctx context.Context, url string, d Delivery, payload []byte) (sent http.Header, code int, err error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(payload))
 	if err != nil {
 		return nil, 0, fmt.Errorf("deliver: %w", err)
 	}
@@ -167,7 +196,7 @@ func (g *GitHub) post(ctx context.Context, url string, d *delivery) (sent http.H
 	h.Set("X-GitHub-Hook-Installation-Target-Type", "integration")
 	h.Set("X-GitHub-Hook-Installation-Target-ID", strconv.FormatInt(g.c.AppID, 10))
 	if g.c.Secret != nil {
-		h.Set("X-Hub-Signature-256", Sign(g.c.Secret, d.Payload))
+		h.Set("X-Hub-Signature-256", Sign(g.c.Secret, payload))
 	}
 	response, err := g.c.Transport.RoundTrip(request)
 	if err != nil {
@@ -208,11 +237,11 @@ func (g *GitHub) redeliver(old *delivery) {
 	g.touch()
 }
 
+// delivery finds a delivery; the log is in the order of ids.
 func (g *GitHub) delivery(id int64) *delivery {
-	for _, d := range g.deliveries {
-		if d.ID == id {
-			return d
-		}
+	at, found := slices.BinarySearchFunc(g.deliveries, id, func(d *delivery, id int64) int { return cmp.Compare(d.ID, id) })
+	if !found {
+		return nil
 	}
-	return nil
+	return g.deliveries[at]
 }

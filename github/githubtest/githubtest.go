@@ -196,8 +196,10 @@ type repository struct {
 	Repository
 	id    int64
 	owner *account
-	short string          // the name without the owner
-	raw   json.RawMessage // object(), written once: it is most of every webhook
+	short string // the name without the owner
+	// raw is object() and organization the owner's, as JSON, written once: they are most
+	// of every webhook.
+	raw, organization json.RawMessage
 }
 
 // AddRepository makes a repository, and its owner if that is new.
@@ -220,11 +222,15 @@ func (g *GitHub) AddRepository(r Repository) error {
 		g.accounts[strings.ToLower(login)] = owner
 	}
 	made := &repository{Repository: r, id: g.id(), owner: owner, short: short}
-	raw, err := json.Marshal(made.object())
-	if err != nil {
+	var err error
+	if made.raw, err = json.Marshal(made.object()); err != nil {
 		return fmt.Errorf("repository %q: %w", r.Name, err)
 	}
-	made.raw = raw
+	if owner.kind == "Organization" {
+		if made.organization, err = json.Marshal(owner.organization()); err != nil {
+			return fmt.Errorf("repository %q: %w", r.Name, err)
+		}
+	}
 	g.repositories[strings.ToLower(r.Name)] = made
 	return nil
 }

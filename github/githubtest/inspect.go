@@ -107,13 +107,13 @@ func (g *GitHub) Runners() []Runner {
 	return runners
 }
 
-// Deliveries is the delivery log, oldest first; payloads must not be changed.
+// Deliveries is the delivery log, oldest first.
 func (g *GitHub) Deliveries() []Delivery {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	log := make([]Delivery, 0, len(g.deliveries))
 	for _, d := range g.deliveries {
-		log = append(log, d.Delivery)
+		log = append(log, d.snapshot())
 	}
 	return log
 }

@@ -2,6 +2,7 @@ package githubtest
 
 import (
 	"encoding/base64"
+	"encoding/json"
 	"fmt"
 	"strings"
 	"time"
@@ -59,6 +60,15 @@ func person(login string, id int64, kind string) object {
 
 // sender is who pushed: one person for all.
 var sender = person("octocat", 583231, "User")
+
+// senderRaw is the sender as JSON.
+var senderRaw = func() json.RawMessage {
+	raw, err := json.Marshal(sender)
+	if err != nil {
+		panic(err) // strings and numbers
+	}
+	return raw
+}()
 
 func (a *account) object() object { return person(a.login, a.id, a.kind) }
 

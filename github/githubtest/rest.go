@@ -99,7 +99,11 @@ func (g *GitHub) routeREST() {
 				refused.write(w)
 				return
 			}
-			if limited := g.spend(c, w.Header()); limited != nil {
+			spent, limited := g.spend(c, w.Header())
+			if response, ok := w.(*capture); ok {
+				response.spent = spent
+			}
+			if limited != nil {
 				limited.write(w)
 				return
 			}
@@ -138,6 +142,7 @@ type capture struct {
 	header http.Header
 	status int
 	body   bytes.Buffer
+	spent  *usage // what it was counted in; nil: not counted
 }
 
 func (c *capture) Header() http.Header { return c.header }
@@ -188,11 +193,11 @@ func (g *GitHub) serveREST(w http.ResponseWriter, r *http.Request) {
 	if fault.Lose {
 		panic(http.ErrAbortHandler) // net/http cuts the connection
 	}
-	deliverREST(w, r, response)
+	g.deliverREST(w, r, response)
 }
 
 // deliverREST sends the response, or 304 if the client has it already.
-func deliverREST(w http.ResponseWriter, r *http.Request, response *capture) {
+func (g *GitHub) deliverREST(w http.ResponseWriter, r *http.Request, response *capture) {
 	h := w.Header()
 	for key, values := range response.header {
 		h[key] = values
@@ -204,12 +209,32 @@ func deliverREST(w http.ResponseWriter, r *http.Request, response *capture) {
 		h.Set("ETag", tag)
 		if r.Header.Get("If-None-Match") == tag {
 			h.Del("Content-Type")
+			g.refund(response.spent, h)
 			w.WriteHeader(http.StatusNotModified)
 			return
 		}
 	}
 	w.WriteHeader(response.status)
 	_, _ = w.Write(response.body.Bytes()) // the client is gone: nothing to be done
+}
+
+// refund makes a 304 free.
+func (g *GitHub) refund(u *usage, h http.Header) {
+	if u == nil {
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	u.used--
+	u.report(h, g.c.Limit)
+}
+
+// report writes the headers that say how much is left.
+func (u *usage) report(h http.Header, limit int) {
+	h.Set("X-RateLimit-Limit", strconv.Itoa(limit))
+	h.Set("X-RateLimit-Remaining", strconv.Itoa(max(0, limit-u.used)))
+	h.Set("X-RateLimit-Used", strconv.Itoa(min(u.used, limit)))
+	h.Set("X-RateLimit-Reset", strconv.FormatInt(u.reset.Unix(), 10))
 }
 
 // fail answers as the weather wants it.
@@ -303,9 +328,9 @@ type usage struct {
 
 // spend takes one request from the bucket's hour, and says so in the headers. An
 // App's own requests are not counted here.
-func (g *GitHub) spend(c *call, h http.Header) *answer {
+func (g *GitHub) spend(c *call, h http.Header) (*usage, *answer) {
 	if c.account == nil {
-		return nil
+		return nil, nil
 	}
 	now := g.c.Now()
 	resource := "core"
@@ -319,16 +344,13 @@ func (g *GitHub) spend(c *call, h http.Header) *answer {
 		g.used[key] = u
 	}
 	u.used++
-	h.Set("X-RateLimit-Limit", strconv.Itoa(g.c.Limit))
-	h.Set("X-RateLimit-Remaining", strconv.Itoa(max(0, g.c.Limit-u.used)))
-	h.Set("X-RateLimit-Used", strconv.Itoa(min(u.used, g.c.Limit)))
-	h.Set("X-RateLimit-Reset", strconv.FormatInt(u.reset.Unix(), 10))
+	u.report(h, g.c.Limit)
 	h.Set("X-RateLimit-Resource", resource)
 	if u.used <= g.c.Limit {
-		return nil
+		return u, nil
 	}
 	limited := refuse(http.StatusForbidden, "API rate limit exceeded for installation.")
-	return &limited
+	return u, &limited
 }
 
 // page cuts a list as per_page (30, at most 100) and page ask, and writes the Link header.

@@ -174,7 +174,7 @@ func (g *GitHub) getDelivery(c *call) answer {
 	}
 	o := d.item()
 	o["url"] = g.webhook
-	o["request"] = object{"headers": headers, "payload": json.RawMessage(d.Payload)}
+	o["request"] = object{"headers": headers, "payload": json.RawMessage(d.payload())}
 	o["response"] = object{"headers": object{}, "payload": ""}
 	return ok(o)
 }

@@ -61,6 +61,19 @@ func Run(ctx context.Context, jit io.Reader, out io.Writer) (exit int, err error
 	return 0, nil
 }
 
+// LogIn trades a JIT config for the runner's token at the Actions service, for tests
+// that speak the protocol by hand.
+func LogIn(ctx context.Context, jit string) (token string, err error) {
+	r, err := newRunner(jit, io.Discard)
+	if err != nil {
+		return "", err
+	}
+	if err := r.logIn(ctx); err != nil {
+		return "", err
+	}
+	return r.token, nil
+}
+
 // runner is one registered runner in one session.
 type runner struct {
 	files   files
