@@ -57,8 +57,7 @@ func (c *Controller) setOut(ctx context.Context, term store.Term, now time.Time,
 		return
 	}
 	for id, vm := range view.VMs {
-		errand := c.errandFor(view, vm, term, now)
-		if errand == nil || !c.begin(id) {
+		if c.errandFor(view, vm, term, now) == nil || !c.begin(id) {
 			continue
 		}
 		select {
@@ -74,11 +73,28 @@ func (c *Controller) setOut(ctx context.Context, term store.Term, now time.Time,
 			// An answer of GitHub is written down even when we are asked to stop.
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), errandTimeout)
 			defer cancel()
-			if err := errand(ctx, term, *vm); err != nil {
+			if err := c.run(ctx, term, now, id); err != nil {
 				c.errandFailed(vm, err)
 			}
 		}()
 	}
+}
+
+// run does what the VM's record asks for now: the view that begin was decided on may be
+// older than the errand that ended just before.
+func (c *Controller) run(ctx context.Context, term store.Term, now time.Time, id fleet.VMID) error {
+	view, err := c.Store.View(ctx)
+	if err != nil {
+		return err
+	}
+	vm := view.VMs[id]
+	if vm == nil || view.Incarnation != term.Incarnation {
+		return nil
+	}
+	if errand := c.errandFor(view, vm, term, now); errand != nil {
+		return errand(ctx, term, *vm)
+	}
+	return nil
 }
 
 type errand func(context.Context, store.Term, fleet.VM) error

@@ -91,9 +91,9 @@ type Config struct {
 	// Renewed is given a renewed credential to keep; nil: it is dropped.
 	Renewed func(credential string) error
 
-	// Keep leaves VMs running when the agent is stopped, for its next start to adopt;
-	// false: they are destroyed.
-	Keep bool
+	// Keep is asked when the agent is stopped: true leaves VMs running, for its next start
+	// to adopt; false, or nil, has them destroyed.
+	Keep func() bool
 
 	Rate func() int64          // measured bytes per second of pulls; nil: not measured
 	Free func() (int64, error) // bytes the images' file system has left; nil: not said
@@ -118,6 +118,7 @@ type Agent struct {
 	mu       sync.Mutex
 	vms      map[fleet.VMID]*life    // lived ones and those whose end nobody acknowledged
 	past     map[fleet.VMID]struct{} // acknowledged as done: never lived again
+	waiting  map[fleet.VMID]bool     // ordered beyond the slots, and said so in the log
 	will     api.SyncReply           // the last reply
 	sequence int64
 	evicting map[fleet.Digest]bool
@@ -146,6 +147,7 @@ func New(c Config) (*Agent, error) {
 		stopping: make(chan struct{}),
 		vms:      map[fleet.VMID]*life{},
 		past:     map[fleet.VMID]struct{}{},
+		waiting:  map[fleet.VMID]bool{},
 		evicting: map[fleet.Digest]bool{},
 	}
 	if err := os.MkdirAll(a.clones(), 0o700); err != nil {
@@ -202,14 +204,15 @@ func (a *Agent) Run(ctx context.Context) error {
 	parts.Wait()
 
 	close(a.stopping)
-	if a.c.Keep {
+	keep := a.c.Keep != nil && a.c.Keep()
+	if keep {
 		end(errKept)
 	} else {
 		end(&ending{Reason: "the node's agent was stopped"})
 	}
 	a.lives.Wait()
 	a.short.Wait()
-	if !a.c.Keep {
+	if !keep {
 		a.farewell(ctx)
 	}
 	return nil

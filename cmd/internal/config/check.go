@@ -47,8 +47,8 @@ func (c *Config) check() *Problem {
 	if u, err := url.Parse(c.URL); err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" {
 		return &Problem{Path: "$.url", What: fmt.Sprintf("%q is not a URL", c.URL), Hint: "like https://paddock.example.com:8443"}
 	}
-	if c.Redis != "" && !strings.HasPrefix(c.Redis, "redis://") && !strings.HasPrefix(c.Redis, "rediss://") {
-		return &Problem{Path: "$.redis", What: "not a Redis URL", Hint: "redis://host:6379/0, or rediss:// for TLS; leave it out for the embedded store"}
+	if scheme, _, _ := strings.Cut(c.Redis, "://"); c.Redis != "" && !slices.Contains([]string{"redis", "rediss", "unix"}, scheme) {
+		return &Problem{Path: "$.redis", What: "not a Redis URL", Hint: "redis://host:6379/0, rediss:// for TLS, or unix:///path; leave it out for the embedded store"}
 	}
 	if (c.TLS.Cert == "") != (c.TLS.Key == "") {
 		return &Problem{Path: "$.tls", What: "cert and key go together", Hint: "give both files, or none for a self-made certificate"}

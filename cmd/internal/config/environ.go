@@ -2,7 +2,8 @@ package config
 
 import (
 	"fmt"
-	"sort"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -48,18 +49,19 @@ var notKeys = map[string]bool{"PADDOCK_CONFIG": true, "PADDOCK_TOKEN": true, "PA
 // overlay applies the environment; an unknown PADDOCK_ variable is a mistake, since it
 // would otherwise be silently without effect.
 func (c *Config) overlay(environ []string) error {
-	known := c.variables()
-	sort.Strings(environ)
-	for _, entry := range environ {
+	known, given := c.variables(), map[string]string{}
+	for _, entry := range environ { // of two entries the later counts
 		key, value, _ := strings.Cut(entry, "=")
-		if !strings.HasPrefix(key, "PADDOCK_") || notKeys[key] || strings.HasPrefix(key, "PADDOCK_TEST_") {
-			continue
+		if strings.HasPrefix(key, "PADDOCK_") && !notKeys[key] && !strings.HasPrefix(key, "PADDOCK_TEST_") {
+			given[key] = value
 		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(given)) {
 		set, found := known[key]
 		if !found {
-			return &Problem{Path: key, What: "unknown variable", Hint: "docs/configuration in docs/paddock.example.yaml names those that exist"}
+			return &Problem{Path: key, What: "unknown variable", Hint: "the head of docs/paddock.example.yaml names those that exist"}
 		}
-		if err := set(value); err != nil {
+		if err := set(given[key]); err != nil {
 			return &Problem{Path: key, What: err.Error(), Hint: "the variable overlays the key of the same name"}
 		}
 	}

@@ -1,0 +1,168 @@
+package parts
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/paddock-ci/paddock/access"
+	"github.com/paddock-ci/paddock/api"
+	"github.com/paddock-ci/paddock/cache"
+	"github.com/paddock-ci/paddock/cache/registry"
+	"github.com/paddock-ci/paddock/cmd/internal/config"
+	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/node"
+	"github.com/paddock-ci/paddock/runner/guest"
+	"github.com/paddock-ci/paddock/vm/helper"
+	"github.com/paddock-ci/paddock/vm/process"
+)
+
+// The roles in which a binary starts itself again: hidden commands of both programs.
+const (
+	HelperRole = "vm-helper"   // one per VM, keeps it across the agent's restarts
+	GuestRole  = "guest-agent" // what runs inside a machine of the process driver
+)
+
+// credentialFile, in the node's directory, is who the node is to the controller.
+const credentialFile = "credential.json"
+
+// Join exchanges a one-time token for the node's credential and keeps it in the node's
+// directory. The token says where the controller is and which certificate it shows;
+// url overrides the former, for a controller that is reached by another name from here.
+func Join(ctx context.Context, c config.Node, token, url string) error {
+	join, err := access.ReadJoin(token)
+	if err != nil {
+		return fmt.Errorf("read the join token: %w", err)
+	}
+	if join.Node != fleet.NodeID(c.Name) {
+		return fmt.Errorf("the token is for node %q, this one is %q (hint: set node.name, or make a token for this name: paddock token create --node %s)", join.Node, c.Name, c.Name)
+	}
+	if url == "" {
+		url = join.URL
+	}
+	client, err := api.New(api.Config{URL: url, CertificateHash: join.Certificate})
+	if err != nil {
+		return err
+	}
+	reply, err := client.Join(ctx, token)
+	if err != nil {
+		return fmt.Errorf("join: %w", err)
+	}
+	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
+		return fmt.Errorf("make the node's directory: %w", err)
+	}
+	return writeFile(filepath.Join(c.Dir, credentialFile), Endpoint{URL: url, Certificate: join.Certificate, Token: reply.Credential})
+}
+
+// Joined tells whether the node has a credential.
+func Joined(c config.Node) bool {
+	_, err := os.Stat(filepath.Join(c.Dir, credentialFile))
+	return err == nil
+}
+
+// NodeConfig of a node. Node and Self are required.
+type NodeConfig struct {
+	Node config.Node
+	// Self is the argv by which this program starts itself; a role is appended.
+	Self    []string
+	Version string
+	// Keep leaves VMs running when the node is stopped, for the next start to adopt.
+	Keep func() bool
+	Log  *slog.Logger // nil: discarded
+}
+
+// Node is a node's agent with what it works with.
+type Node struct {
+	agent  *node.Agent
+	images *cache.Store
+}
+
+// NewNode builds the agent of a node that has joined.
+func NewNode(c NodeConfig) (*Node, error) {
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	path := filepath.Join(c.Node.Dir, credentialFile)
+	endpoint, err := ReadEndpoint(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("node %s has not joined (hint: on the controller: paddock token create --node %s; here: paddock node join TOKEN)", c.Node.Name, c.Node.Name)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the node's credential: %w", err)
+	}
+	client, err := endpoint.Client()
+	if err != nil {
+		return nil, err
+	}
+	machines, err := helper.New(helper.Config{
+		Command: append(append([]string{}, c.Self...), HelperRole), Dir: filepath.Join(c.Node.Dir, "vms"), Log: c.Log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	fetcher, err := registry.New(registry.Config{Log: c.Log})
+	if err != nil {
+		return nil, err
+	}
+	images, err := cache.Open(cache.Config{Dir: filepath.Join(c.Node.Dir, "images"), Fetcher: fetcher, Streams: c.Node.Streams, Log: c.Log})
+	if err != nil {
+		return nil, err
+	}
+	agent, err := node.New(node.Config{
+		ID: fleet.NodeID(c.Node.Name), Tags: c.Node.Tags, Slots: c.Node.Slots, Memory: hostMemory(), Dir: c.Node.Dir,
+		Driver: c.Node.Driver, Version: c.Version, Machines: machines, Images: images, Sync: client.Sync,
+		Renewed: func(credential string) error {
+			endpoint.Token = credential
+			return writeFile(path, endpoint)
+		},
+		Keep: c.Keep, Rate: images.Rate, Free: images.Free, Log: c.Log,
+	})
+	if err != nil {
+		return nil, errors.Join(err, images.Close())
+	}
+	return &Node{agent: agent, images: images}, nil
+}
+
+// Run runs the agent until ctx ends.
+func (n *Node) Run(ctx context.Context) error {
+	return errors.Join(n.agent.Run(ctx), n.images.Close())
+}
+
+// hostMemory is this host's memory in bytes, 0 where it cannot be told.
+func hostMemory() int64 {
+	text, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return darwinMemory()
+	}
+	var kib int64
+	for line := range strings.Lines(string(text)) {
+		if n, _ := fmt.Sscanf(line, "MemTotal: %d kB", &kib); n == 1 {
+			return kib << 10
+		}
+	}
+	return 0
+}
+
+// Helper is the body of the hidden command that keeps one VM.
+func Helper(ctx context.Context, stdin io.Reader) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	driver, err := process.New(process.Config{Command: []string{self, GuestRole}})
+	if err != nil {
+		return err
+	}
+	return helper.Main(ctx, driver, stdin)
+}
+
+// Guest is the body of the hidden command that is the guest of the process driver.
+func Guest(ctx context.Context) error {
+	return process.GuestMain(ctx, guest.AgentConfig{})
+}

@@ -1,0 +1,277 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/term"
+
+	"github.com/paddock-ci/paddock/cache/registrytest"
+	"github.com/paddock-ci/paddock/cmd/internal/config"
+	"github.com/paddock-ci/paddock/cmd/internal/parts"
+	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/github/githubtest"
+)
+
+const (
+	nodes   = 3
+	slots   = 2
+	jobs    = 12
+	timeout = 2 * time.Minute // for all jobs; they take a few seconds
+)
+
+// demo is one showing.
+type demo struct {
+	out, errOut io.Writer
+	json        bool
+	verbose     bool
+
+	dir      string
+	github   *githubtest.GitHub
+	registry *registrytest.Registry
+	control  *parts.Control
+}
+
+// play sets the scene, runs the jobs, tears everything down and looks at what is left.
+// The result is nil only if the scene could not be set.
+func (d *demo) play(ctx context.Context) (*result, error) {
+	dir, err := os.MkdirTemp("", "paddock-demo-")
+	if err != nil {
+		return nil, err
+	}
+	d.dir = dir
+	defer func() { _ = os.RemoveAll(dir) }()
+
+	// What GitHub and the registry do goes on while the fleet is torn down, as in life.
+	outside, stopOutside := context.WithCancel(context.WithoutCancel(ctx))
+	world, outside := errgroup.WithContext(outside)
+	defer func() { stopOutside(); _ = world.Wait() }()
+	if err := d.openWorld(outside, world); err != nil {
+		return nil, fmt.Errorf("set the scene: %w", err)
+	}
+	r, err := d.playInside(ctx, outside)
+	if r != nil {
+		d.inspect(r)
+	}
+	if ctx.Err() != nil {
+		err = errors.New("interrupted; everything was torn down")
+	}
+	return r, err
+}
+
+// playInside opens the fleet and runs the jobs. When it returns, nodes have destroyed
+// what they had, and then the controller has stopped.
+func (d *demo) playInside(ctx, outside context.Context) (r *result, err error) {
+	above, stopControl := context.WithCancel(outside)
+	control, above := errgroup.WithContext(above)
+	defer func() { stopControl(); err = errors.Join(err, control.Wait()) }()
+	below, stopNodes := context.WithCancel(ctx)
+	nodes, below := errgroup.WithContext(below)
+	defer func() { stopNodes(); err = errors.Join(err, nodes.Wait()) }()
+
+	if err := d.openControl(above, control); err != nil {
+		return nil, fmt.Errorf("start the controller: %w", err)
+	}
+	if err := d.openNodes(below, nodes); err != nil {
+		return nil, fmt.Errorf("start the nodes: %w", err)
+	}
+	watching, cancel := context.WithTimeout(below, timeout)
+	defer cancel()
+	if r, err = d.perform(watching); err == nil {
+		err = d.settle(watching, r)
+	}
+	return r, err
+}
+
+// openWorld starts what is not ours: GitHub and a registry with two images.
+func (d *demo) openWorld(ctx context.Context, world *errgroup.Group) error {
+	secret := []byte("a secret of the demo")
+	gh, err := githubtest.New(githubtest.Config{
+		Secret:       secret,
+		Repositories: []githubtest.Repository{{Name: "acme/app"}, {Name: "acme/site"}, {Name: "acme/tools"}},
+		Transport:    parts.Trusting(),
+	})
+	if err != nil {
+		return err
+	}
+	d.github, d.registry = gh, registrytest.New()
+	githubURL, err := serve(ctx, world, gh)
+	if err != nil {
+		return err
+	}
+	registryURL, err := serve(ctx, world, d.registry)
+	if err != nil {
+		return err
+	}
+	world.Go(func() error { return gh.Run(ctx) })
+	return d.prepare(ctx, githubURL, registryURL, secret)
+}
+
+// serve runs a handler on a free loopback port until ctx ends and returns its URL.
+func serve(ctx context.Context, group *errgroup.Group, h http.Handler) (string, error) {
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	server := &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second}
+	group.Go(func() error {
+		if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			return err
+		}
+		return nil
+	})
+	group.Go(func() error { <-ctx.Done(); return server.Close() })
+	return "http://" + l.Addr().String(), nil
+}
+
+// prepare pushes the images and writes the configuration, as an operator would.
+func (d *demo) prepare(ctx context.Context, githubURL, registryURL string, secret []byte) error {
+	key, hook := filepath.Join(d.dir, "app.pem"), filepath.Join(d.dir, "webhook.secret")
+	err := errors.Join(os.WriteFile(key, d.github.PrivateKey(), 0o600), os.WriteFile(hook, secret, 0o600))
+	if err != nil {
+		return err
+	}
+	c := &config.Config{
+		Fleet: "demo", Data: filepath.Join(d.dir, "controller"), Listen: "127.0.0.1:0",
+		GitHub: config.GitHub{AppID: d.github.AppID(), PrivateKeyFile: key, WebhookSecretFiles: []string{hook}, API: githubURL + "/"},
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	for i, name := range imageNames {
+		ref, err := pushImage(ctx, d.registry, registryURL, name, uint64(i))
+		if err != nil {
+			return fmt.Errorf("push image %s: %w", name, err)
+		}
+		c.Pools = append(c.Pools, config.Pool{
+			Name: name, Scopes: []string{"acme"}, Labels: []string{"self-hosted", "macOS", name},
+			Image: ref, Bootstrap: string(fleet.BootstrapAgent), Runner: []string{self, "runner"},
+			// A clone of these images grows by nothing to speak of.
+			Growth: 1 << 20,
+		})
+	}
+	d.control, err = parts.NewControl(parts.ControlConfig{Config: c, Log: d.log("controller")})
+	return err
+}
+
+func (d *demo) log(part string) *slog.Logger {
+	if !d.verbose {
+		return slog.New(slog.DiscardHandler)
+	}
+	return slog.New(slog.NewTextHandler(d.errOut, nil)).With("part", part)
+}
+
+// openControl starts the controller, with GitHub's webhooks pointed at it.
+func (d *demo) openControl(ctx context.Context, running *errgroup.Group) error {
+	if err := d.control.Open(ctx); err != nil {
+		return err
+	}
+	running.Go(func() error { return d.control.Run(ctx) })
+	d.github.SetWebhook(d.control.URL() + parts.WebhookPath)
+	return nil
+}
+
+// openNodes starts the nodes, which join with one-time tokens.
+func (d *demo) openNodes(ctx context.Context, running *errgroup.Group) error {
+	for i := range nodes {
+		name := fmt.Sprintf("mac-%d", i+1)
+		token, err := d.control.JoinToken(ctx, fleet.NodeID(name))
+		if err != nil {
+			return err
+		}
+		c := config.Node{Name: name, Slots: slots, Driver: "process", Dir: filepath.Join(d.dir, name), Streams: 4}
+		if err := parts.Join(ctx, c, token, d.control.URL()); err != nil {
+			return err
+		}
+		self, err := os.Executable()
+		if err != nil {
+			return err
+		}
+		node, err := parts.NewNode(parts.NodeConfig{Node: c, Self: []string{self}, Log: d.log(name)})
+		if err != nil {
+			return err
+		}
+		running.Go(func() error { return node.Run(ctx) })
+	}
+	return nil
+}
+
+// workflows are three runs of four jobs, on both images.
+func workflows() []githubtest.Run {
+	run := func(repository, workflow string, names ...string) githubtest.Run {
+		r := githubtest.Run{Repository: repository, Workflow: workflow}
+		for i, name := range names {
+			r.Jobs = append(r.Jobs, githubtest.JobSpec{
+				Name:   workflow + "/" + name,
+				Labels: []string{"self-hosted", "macOS", imageNames[i%len(imageNames)]},
+				Steps:  []string{"echo building " + name},
+				// Long enough that six slots are not free again at once: some jobs wait.
+				Seconds: 0.5 + 0.25*float64(i),
+			})
+		}
+		return r
+	}
+	return []githubtest.Run{
+		run("acme/app", "build", "debug", "release", "archive", "symbols"),
+		run("acme/site", "test", "unit", "ui", "snapshot", "e2e"),
+		run("acme/tools", "lint", "swift", "format", "docs", "licences"),
+	}
+}
+
+// perform queues the jobs and follows them to their end, drawing the table as it goes.
+func (d *demo) perform(ctx context.Context) (*result, error) {
+	r := &result{Jobs: jobs}
+	for _, run := range workflows() {
+		if _, _, err := d.github.QueueRun(run); err != nil {
+			return r, err
+		}
+	}
+	images := map[string]string{}
+	for _, name := range imageNames {
+		images[name] = name
+	}
+	b := newBoard(d.control.Store(), images)
+	live := !d.json && isTerminal(d.out)
+	frame := time.NewTicker(100 * time.Millisecond)
+	defer frame.Stop()
+	drawn := 0
+	for {
+		rows, err := b.look(ctx, time.Now())
+		if err != nil {
+			return r, err
+		}
+		r.Rows = rows
+		if live {
+			if drawn > 0 {
+				_, _ = fmt.Fprintf(d.out, "\x1b[%dA", drawn)
+			}
+			drawn = draw(d.out, rows, clearRight+"\n")
+		}
+		if r.done() == jobs {
+			if !live && !d.json {
+				draw(d.out, rows, "\n")
+			}
+			return r, nil
+		}
+		select {
+		case <-ctx.Done():
+			return r, fmt.Errorf("%d of %d jobs are done: %w", r.done(), jobs, ctx.Err())
+		case <-frame.C:
+		}
+	}
+}
+
+func isTerminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	return ok && term.IsTerminal(int(f.Fd()))
+}

@@ -1,0 +1,168 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/paddock-ci/paddock/cmd/internal/config"
+	"github.com/paddock-ci/paddock/cmd/internal/parts"
+	"github.com/paddock-ci/paddock/fleet"
+)
+
+func upCommand(g *globals) *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "up", Short: "Run controller and node in one process, on the embedded store", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := g.loadFor(cmd)
+			if err != nil {
+				return err
+			}
+			ctx, stop, end := untilSignal(cmd.Context())
+			defer end()
+			control, err := openControl(ctx, g, c)
+			if err != nil {
+				return err
+			}
+			group, ctx := errgroup.WithContext(ctx)
+			group.Go(func() error { return control.Run(ctx) })
+			group.Go(func() error { return runOwnNode(ctx, g, c, control, stop) })
+			return group.Wait()
+		},
+	}
+	addOverlays(cmd)
+	return cmd
+}
+
+// runOwnNode joins this machine to the controller in the same process and runs it.
+func runOwnNode(ctx context.Context, g *globals, c *config.Config, control *parts.Control, stop *stopped) error {
+	if !parts.Joined(c.Node) {
+		token, err := control.JoinToken(ctx, fleet.NodeID(c.Node.Name))
+		if err != nil {
+			return fmt.Errorf("join this machine: %w", err)
+		}
+		if err := parts.Join(ctx, c.Node, token, control.URL()); err != nil {
+			return err
+		}
+	}
+	return runNode(ctx, g, c, stop)
+}
+
+func runNode(ctx context.Context, g *globals, c *config.Config, stop *stopped) error {
+	self, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("find this program: %w", err)
+	}
+	n, err := parts.NewNode(parts.NodeConfig{Node: c.Node, Self: []string{self}, Version: versionText(), Keep: stop.keepVMs, Log: g.log()})
+	if err != nil {
+		return err
+	}
+	return n.Run(ctx)
+}
+
+func openControl(ctx context.Context, g *globals, c *config.Config) (*parts.Control, error) {
+	control, err := parts.NewControl(parts.ControlConfig{Config: c, Version: versionText(), Log: g.log()})
+	if err != nil {
+		return nil, err
+	}
+	return control, control.Open(ctx)
+}
+
+func controllerCommand(g *globals) *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "controller", Short: "Run the controller; nodes join it", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := g.loadFor(cmd)
+			if err != nil {
+				return err
+			}
+			ctx, _, end := untilSignal(cmd.Context())
+			defer end()
+			control, err := openControl(ctx, g, c)
+			if err != nil {
+				return err
+			}
+			return control.Run(ctx)
+		},
+	}
+	addOverlays(cmd)
+	return cmd
+}
+
+func nodeCommand(g *globals) *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "node", Short: "Run this machine's agent", Args: cobra.NoArgs,
+		Long: `Run this machine's agent. It must have joined a controller before.
+
+Ctrl-C tears its VMs down; SIGTERM, which service managers send, leaves them running for
+the next start to take over.`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := g.loadFor(cmd)
+			if err != nil {
+				return err
+			}
+			ctx, stop, end := untilSignal(cmd.Context())
+			defer end()
+			return runNode(ctx, g, c, stop)
+		},
+	}
+	addOverlays(cmd)
+	var url string
+	join := &cobra.Command{
+		Use: "join TOKEN", Short: "Join a controller with a one-time token; - reads it from standard input", Args: cobra.ExactArgs(1),
+		Long: `Join a controller with a one-time token from: paddock token create --node NAME
+
+A token on the command line can be seen by this host's other users for a moment; "-" reads
+it from standard input.`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := g.loadFor(cmd)
+			if err != nil {
+				return err
+			}
+			token := args[0]
+			if token == "-" {
+				if _, err := fmt.Fscan(cmd.InOrStdin(), &token); err != nil {
+					return fmt.Errorf("read the token from standard input: %w", err)
+				}
+			}
+			if err := parts.Join(cmd.Context(), c.Node, token, url); err != nil {
+				return err
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "node %s has joined; start it with: paddock node\n", c.Node.Name)
+			return err
+		},
+	}
+	join.Flags().StringVar(&url, "controller", "", "the controller's URL as seen from here, if the token's is another")
+	addOverlays(join)
+	cmd.AddCommand(join)
+	return cmd
+}
+
+// addOverlays adds the flags that overlay the configuration.
+func addOverlays(cmd *cobra.Command) {
+	flags := cmd.Flags()
+	flags.String("listen", "", "overlays listen")
+	flags.String("data", "", "overlays data")
+	flags.String("redis", "", "overlays redis (prefer PADDOCK_REDIS if it has a password)")
+	flags.String("name", "", "overlays node.name")
+	flags.String("dir", "", "overlays node.dir")
+	flags.Int("slots", 0, "overlays node.slots")
+}
+
+// loadFor reads the configuration with the command's flags as the last overlay: they
+// become the variables of the same name.
+func (g *globals) loadFor(cmd *cobra.Command) (*config.Config, error) {
+	environ := os.Environ()
+	for flag, variable := range map[string]string{
+		"listen": "PADDOCK_LISTEN", "data": "PADDOCK_DATA", "redis": "PADDOCK_REDIS",
+		"name": "PADDOCK_NODE_NAME", "dir": "PADDOCK_NODE_DIR", "slots": "PADDOCK_NODE_SLOTS",
+	} {
+		if f := cmd.Flags().Lookup(flag); f != nil && f.Changed {
+			environ = append(environ, variable+"="+f.Value.String())
+		}
+	}
+	return config.Load(g.config, environ)
+}
