@@ -14,16 +14,15 @@ import (
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/github"
 	"github.com/paddock-ci/paddock/github/githubtest"
-	"github.com/paddock-ci/paddock/github/githubtest/testrunner"
 )
 
-// realRunner builds github-act-runner, the tool that go.mod pins.
-func realRunner(t *testing.T) string {
+// build builds a command of the module in dir and returns its path.
+func build(t *testing.T, dir, pkg string) string {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "github-act-runner")
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", path, "github.com/ChristopherHX/github-act-runner")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build github-act-runner: %v\n%s", err, out)
+	path := filepath.Join(t.TempDir(), filepath.Base(pkg))
+	command := exec.CommandContext(t.Context(), "go", "build", "-C", dir, "-o", path, pkg)
+	if out, err := command.CombinedOutput(); err != nil {
+		t.Fatalf("build %s: %v\n%s", pkg, err, out)
 	}
 	return path
 }
@@ -31,7 +30,8 @@ func realRunner(t *testing.T) string {
 // A real runner, started from a JIT config, runs real steps: their output and their
 // exit status reach the simulated GitHub, and the runner is gone afterwards.
 func TestRealRunnerRunsRealSteps(t *testing.T) {
-	runner := realRunner(t)
+	runner := build(t, "actrunner", "github.com/ChristopherHX/github-act-runner") // the version that its go.mod pins
+	unpack := build(t, ".", "./stdinrunner")
 	for _, c := range []struct {
 		name, step, conclusion, says string
 	}{
@@ -52,7 +52,7 @@ func TestRealRunnerRunsRealSteps(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			output := runOnce(ctx, t, runner, minted.JIT)
+			output := runOnce(ctx, t, []string{unpack, runner, "run", "--once"}, minted.JIT)
 
 			job, err := gh.WaitJob(ctx, jobs[0], fleet.JobCompleted)
 			if err != nil {
@@ -71,23 +71,13 @@ func TestRealRunnerRunsRealSteps(t *testing.T) {
 	}
 }
 
-// runOnce runs the runner until it has run one job. The JIT config is not on its command
-// line: it is the three files that a configured runner finds in its directory.
-func runOnce(ctx context.Context, t *testing.T, runner, jit string) string {
+// runOnce runs the runner until it has run one job. The JIT config goes by its standard
+// input: neither command line nor environment show it.
+func runOnce(ctx context.Context, t *testing.T, command []string, jit string) string {
 	t.Helper()
-	dir := t.TempDir()
-	files, err := testrunner.Unpack(jit)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, content := range files {
-		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
 	var output bytes.Buffer
-	run := exec.CommandContext(ctx, runner, "run", "--once")
-	run.Dir, run.Stdout, run.Stderr = dir, &output, &output
+	run := exec.CommandContext(ctx, command[0], command[1:]...)
+	run.Dir, run.Stdin, run.Stdout, run.Stderr = t.TempDir(), strings.NewReader(jit), &output, &output
 	run.Env = append(os.Environ(), "XDG_CACHE_HOME="+t.TempDir())
 	if err := run.Run(); err != nil {
 		t.Fatalf("github-act-runner: %v\n%s", err, output.String())
@@ -110,4 +100,3 @@ func simulatedGitHub(t *testing.T) (*githubtest.GitHub, *github.Client) {
 	}
 	return gh, client
 }
-
