@@ -50,7 +50,7 @@ type outgoing struct {
 }
 
 // envelope is the payload of a workflow_job webhook, in GitHub's order of fields. The log
-// keeps it in parts: of the 8 KB only the job's 2 KB are its own.
+// keeps it in parts: of the 7 KB only the job's 1.5 KB are its own.
 type envelope struct {
 	Action       string          `json:"action"`
 	Job          json.RawMessage `json:"workflow_job"`

@@ -9,7 +9,7 @@ import (
 )
 
 // The objects of GitHub's JSON that carry no state of their own. They have all the
-// fields of the real ones, so that payloads have the real size: 7 KB and more.
+// fields of the real ones, so that payloads have the real size: about 7 KB.
 
 const (
 	apiURL = "https://api.github.com"

@@ -83,28 +83,51 @@ type deployment struct {
 	updatedAt time.Time
 }
 
+// slice is how many jobs of a run are queued at once: a matrix of thousands trickles in,
+// as at GitHub, and others get a word in.
+const slice = 64
+
 // QueueRun queues a run and sends the webhooks of its jobs. It returns the run's id and
 // the ids of its jobs, in the order of the specification.
 func (g *GitHub) QueueRun(r Run) (runID int64, jobs []fleet.JobID, err error) {
+	created, err := g.newRun(r)
+	if err != nil {
+		return 0, nil, err
+	}
+	var specs []JobSpec
+	for _, spec := range r.Jobs {
+		specs = append(specs, spec.expand()...)
+	}
+	for part := range slices.Chunk(specs, slice) {
+		jobs = append(jobs, g.queueJobs(created, part)...)
+	}
+	return created.id, jobs, nil
+}
+
+func (g *GitHub) newRun(r Run) (*run, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	repo := g.repositories[strings.ToLower(r.Repository)]
 	if repo == nil {
-		return 0, nil, fmt.Errorf("queue a run: no repository %q", r.Repository)
+		return nil, fmt.Errorf("queue a run: no repository %q", r.Repository)
 	}
 	created := &run{
 		id: firstRunID + g.id(), number: len(g.runs) + 1, attempt: 1, repo: repo,
 		workflow: cmp.Or(r.Workflow, "CI"), createdAt: g.c.Now(),
 	}
 	g.runs[created.id] = created
-	for _, spec := range r.Jobs {
-		for _, s := range spec.expand() {
-			jobs = append(jobs, g.newJob(created, s).id)
-		}
+	return created, nil
+}
+
+func (g *GitHub) queueJobs(r *run, specs []JobSpec) (ids []fleet.JobID) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, spec := range specs {
+		ids = append(ids, g.newJob(r, spec).id)
 	}
 	g.match()
 	g.touch()
-	return created.id, jobs, nil
+	return ids
 }
 
 // expand makes the jobs of a matrix.
