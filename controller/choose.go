@@ -83,7 +83,7 @@ func (c *Controller) snapshot(p *pass) placement.Snapshot {
 // slot is a VM as placement sees it: when it ends, as far as its job's history tells.
 func (c *Controller) slot(p *pass, vm fleet.VM) placement.Slot {
 	slot := placement.Slot{VM: vm.ID, Pool: vm.Pool, Image: vm.Image, State: vm.State, Job: vm.Job}
-	slot.Idle = vm.State == fleet.VMWarm && vm.Claim == nil && vm.Job == 0 && !p.written[vm.ID]
+	slot.Idle = vm.State == fleet.VMWarm && vm.Claim == nil && vm.Job == 0 && !vm.Destroy && !p.written[vm.ID]
 	job := p.view.Jobs[vm.Job]
 	if vm.Destroy {
 		slot.Ends = p.now.Add(time.Second)
@@ -124,9 +124,9 @@ func warmth(cold bool) string {
 	return "warm"
 }
 
-// order writes what each node is to hold and may let go. An order to hold stands until
-// the image is ready there or nothing queued needs it, even if a later pass would choose
-// another node: a pull that has begun is worth more than a better choice.
+// order writes what each node is to hold and may let go. A pull that has begun stays
+// ordered while a job needs its image, even if this pass would choose another node: a
+// late change of mind would pull twice.
 func (c *Controller) order(ctx context.Context, p *pass, plan placement.Plan) error {
 	wanted := map[fleet.NodeID]*fleet.Orders{}
 	for id := range p.view.Nodes {
@@ -172,18 +172,15 @@ func (c *Controller) neededImages(p *pass) map[fleet.Digest]bool {
 	return needed
 }
 
-// keepHold adds a standing order to holds, unless it is fulfilled, unneeded or there.
+// keepHold adds a standing order to holds if its pull has begun and a job still needs the
+// image. What the plan wants it repeats by itself.
 func keepHold(holds []fleet.Hold, standing fleet.Hold, node *fleet.Node, needed map[fleet.Digest]bool) []fleet.Hold {
-	if image, found := node.Image(standing.Digest); found && image.State == fleet.ImageReady {
+	image, begun := node.Image(standing.Digest)
+	if !begun || image.State == fleet.ImageReady || !needed[standing.Digest] {
 		return holds
 	}
-	if standing.Demand && !needed[standing.Digest] {
+	if slices.ContainsFunc(holds, func(h fleet.Hold) bool { return h.Digest == standing.Digest }) {
 		return holds
-	}
-	for _, h := range holds {
-		if h.Digest == standing.Digest {
-			return holds
-		}
 	}
 	return append(holds, standing)
 }

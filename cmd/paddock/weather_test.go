@@ -1,7 +1,6 @@
 package main
 
 import (
-	"fmt"
 	"syscall"
 	"testing"
 	"time"
@@ -54,12 +53,7 @@ func TestControllerKilled(t *testing.T) {
 	tw := openTown(t, 2, "mac-1", "mac-2")
 	tw.queue(12, 0.3)
 	for _, after := range []int{1, 4, 8} {
-		tw.eventually(time.Minute, func() error {
-			if n := tw.done(); n < after {
-				return fmt.Errorf("%d jobs done", n)
-			}
-			return nil
-		})
+		tw.waitDone(after, time.Minute)
 		tw.control.kill()
 		tw.control = tw.start("controller", "controller")
 		tw.waitReady()
@@ -90,12 +84,7 @@ func TestRedisEmptied(t *testing.T) {
 	tw := openTown(t, 5, "mac-1", "mac-2")
 	tw.queue(60, 0.5)
 	for _, after := range []int{10, 30} {
-		tw.eventually(2*time.Minute, func() error {
-			if n := tw.done(); n < after {
-				return fmt.Errorf("%d jobs done", n)
-			}
-			return nil
-		})
+		tw.waitDone(after, 2*time.Minute)
 		tw.redis.Flush(t)
 	}
 	tw.waitDone(60, 4*time.Minute)
