@@ -337,6 +337,7 @@ func TestParseBusy(t *testing.T) {
 		{"2026-01-02T03:04:05.123Z: Running job: build (macos, 15)\r", "build (macos, 15)"},
 		{"Running job: x", "x"},
 		{"Running Job 'test'", "test"},
+		{"paddock-a-1 ( http://127.0.0.1:1/ ): Running Job 'test'", "test"},
 		{"Running job: ", ""},
 		{"echo Running job: x", ""},
 		{"2026-01-02 03:04:05Z: Listening for Jobs", ""},

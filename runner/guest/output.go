@@ -12,10 +12,11 @@ import (
 const maxLine = 2 << 10
 
 // The lines by which a runner says that it has a job. GitHub's prints
-// "2026-01-02 03:04:05Z: Running job: build"; github-act-runner "Running Job 'build'".
+// "2026-01-02 03:04:05Z: Running job: build"; github-act-runner "Running Job 'build'",
+// behind "NAME ( URL ): " since one process may serve several registrations.
 var (
 	busyLine    = regexp.MustCompile(`^(?:[0-9][0-9T:. -]*Z: )?Running job: (.+)$`)
-	busyLineAct = regexp.MustCompile(`^Running Job '(.+)'$`)
+	busyLineAct = regexp.MustCompile(`^(?:\S+ \( \S+ \): )?Running Job '(.+)'$`)
 )
 
 // parseBusy returns the job's name if line says that a job began.
