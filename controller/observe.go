@@ -106,7 +106,7 @@ func (c *Controller) write(ctx context.Context, p *pass, vm fleet.VM, e fleet.Ev
 	}
 	p.vms[vm.ID], p.written[vm.ID] = vm, true
 	if e.Kind != "" {
-		c.Log.Info(e.Kind, "runner", vm.ID, "node", vm.Node, "pool", vm.Pool, "job", e.Job, "reason", e.Text)
+		c.Log.Info("decided", "event", e.Kind, "runner", vm.ID, "node", vm.Node, "pool", vm.Pool, "job", e.Job, "reason", e.Text)
 	}
 	return true, nil
 }

@@ -95,7 +95,7 @@ func configure(t *testing.T, gh *githubtest.GitHub, runner []string) string {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -128,7 +128,7 @@ node: {name: mac-1}
 func up(t *testing.T, paddock, dir string) {
 	t.Helper()
 	var log bytes.Buffer
-	cmd := exec.Command(paddock, "up", "--config", filepath.Join(dir, "paddock.yaml"))
+	cmd := exec.CommandContext(context.WithoutCancel(t.Context()), paddock, "up", "--config", filepath.Join(dir, "paddock.yaml"))
 	cmd.Stdout, cmd.Stderr = &log, &log
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)

@@ -14,8 +14,9 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/paddock-ci/paddock/fleet"
 	"github.com/rogpeppe/go-internal/txtar"
+
+	"github.com/paddock-ci/paddock/fleet"
 )
 
 var update = flag.Bool("update", false, "write the plans of the scenarios into their files")

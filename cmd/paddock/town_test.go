@@ -121,7 +121,7 @@ func (tw *town) configure(redisURL string, slots int) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -170,7 +170,8 @@ func (tw *town) start(name string, args ...string) *program {
 	if err != nil {
 		tw.t.Fatal(err)
 	}
-	p.cmd = exec.Command(tw.self, append(args, "--config", tw.config)...)
+	// Not ended by the test's context: the story says when, and Cleanup how.
+	p.cmd = exec.CommandContext(context.WithoutCancel(tw.t.Context()), tw.self, append(args, "--config", tw.config)...)
 	p.cmd.Stdout, p.cmd.Stderr = log, log
 	if err := p.cmd.Start(); err != nil {
 		tw.t.Fatal(err)
