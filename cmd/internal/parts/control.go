@@ -115,7 +115,7 @@ func (c *Control) Open(ctx context.Context) (err error) {
 	if c.store, err = c.openStore(ctx); err != nil {
 		return err
 	}
-	handler, err := c.build()
+	handler, drain, err := c.build()
 	if err != nil {
 		return errors.Join(err, c.store.Close())
 	}
@@ -124,6 +124,7 @@ func (c *Control) Open(ctx context.Context) (err error) {
 		ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
 		ErrorLog: slog.NewLogLogger(c.c.Log.Handler(), slog.LevelDebug),
 	}
+	c.http.RegisterOnShutdown(drain)
 	return c.leaveTokenForCLI()
 }
 
@@ -135,59 +136,60 @@ func (c *Control) openStore(ctx context.Context) (*store.Store, error) {
 	return store.OpenEmbedded(ctx, store.EmbeddedConfig{Dir: filepath.Join(c.c.Config.Data, "store"), Ledger: ledger, Log: c.c.Log})
 }
 
-// build makes the parts around the open store and returns the one HTTP handler.
-func (c *Control) build() (http.Handler, error) {
+// build makes the parts around the open store and returns the one HTTP handler, and
+// what has it answer the calls that nodes have parked.
+func (c *Control) build() (handler http.Handler, drain func(), err error) {
 	cfg := c.c.Config
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 
 	gh, err := c.github()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	durations, err := c.loadHistory()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	resolver, err := registry.New(registry.Config{Log: c.c.Log})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if c.controller, err = controller.New(controller.Config{
 		Store: c.store, GitHub: gh, Seal: c.key.Seal, Fleet: cfg.Fleet, Pools: cfg.FleetPools(),
 		Resolve:      allowed(cfg.Images.Registries, resolver.Resolve),
 		ResolveEvery: cfg.Images.ResolveEvery.Duration(), Durations: durations, Metrics: metrics, Log: c.c.Log,
 	}); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if c.feed, err = feed.New(feed.Config{
 		GitHub: gh, Store: c.store, Every: cfg.GitHub.SweepEvery.Duration(), Metrics: metrics, Log: c.c.Log,
 	}); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	secrets := make([][]byte, 0, len(cfg.GitHub.WebhookSecretFiles))
 	for _, path := range cfg.GitHub.WebhookSecretFiles {
 		secret, err := config.ReadSecret(path)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		secrets = append(secrets, secret)
 	}
 	hooks, err := webhook.New(webhook.Config{Secrets: secrets, Merge: c.store.MergeJob, Metrics: metrics, Log: c.c.Log})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	nodes, err := server.New(server.Config{
 		Store: c.store, Key: c.key, Pools: cfg.FleetPools, Fleet: cfg.Fleet, Explain: c.controller.Explain,
 		SelfURL: c.url, Certificate: c.hash, Metrics: metrics, Log: c.c.Log,
 	})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	mux := http.NewServeMux()
 	mux.Handle(WebhookPath, hooks)
 	mux.Handle("/", nodes.Handler())
-	return mux, nil
+	return mux, nodes.Drain, nil
 }
 
 func (c *Control) github() (*github.Client, error) {
@@ -232,7 +234,7 @@ func (c *Control) Run(ctx context.Context) error {
 	})
 	group.Go(func() error {
 		<-ctx.Done()
-		// Parked syncs end with ctx's requests; a moment is for webhooks under way.
+		// Parked syncs are answered at once; a moment is for webhooks under way.
 		closing, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 		defer cancel()
 		if err := c.http.Shutdown(closing); err != nil {
