@@ -64,12 +64,7 @@ bench: packages $(STAT) ## run the benchmarks (COUNT=5 for a spread); figures go
 
 .PHONY: fuzz
 fuzz: ## run every fuzz target for FUZZTIME (30s each)
-	@for package in $$(go list ./...); do \
-		for target in $$(go test -list '^Fuzz' $$package | grep '^Fuzz' || true); do \
-			echo "$$package $$target"; \
-			go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x $$package; \
-		done; \
-	done
+	@.ci/fuzz $(FUZZTIME)
 
 .PHONY: vuln
 vuln: $(VULN) ## look for known vulnerabilities (needs vuln.go.dev)
