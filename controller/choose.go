@@ -44,13 +44,21 @@ func (c *Controller) snapshot(p *pass) placement.Snapshot {
 		Now: p.now, Images: map[string]fleet.Image{}, Running: map[string]int{},
 		Durations: c.predict,
 	}
+	failing := map[fleet.PoolName]bool{}
 	for _, pool := range c.Pools {
-		if !p.now.Before(p.failing(pool.Name)) {
-			s.Pools = append(s.Pools, pool)
+		if p.now.Before(p.failing(pool.Name)) {
+			failing[pool.Name], pool.MinIdle = true, 0
 		}
+		s.Pools = append(s.Pools, pool)
 	}
 	for _, id := range p.unmet {
-		s.Jobs = append(s.Jobs, *p.view.Jobs[id])
+		job := p.view.Jobs[id]
+		if len(failing) > 0 {
+			if pool, _, _ := placement.PoolFor(c.Pools, *job); failing[pool.Name] {
+				continue
+			}
+		}
+		s.Jobs = append(s.Jobs, *job)
 	}
 	for ref, image := range p.view.Images {
 		s.Images[ref] = *image

@@ -101,6 +101,8 @@ type Controller struct {
 	learned  map[fleet.JobID]bool
 	sweptAt  time.Time
 	resolved map[string]fleet.Image
+	// unresolved is why, by reference; guarded by deputed.
+	unresolved map[string]string
 
 	history   sync.Mutex               // guards Durations, which Step, Explain and Save share
 	errand    map[fleet.VMID]bool      // under way
@@ -130,7 +132,7 @@ func New(c Config) (*Controller, error) {
 	return &Controller{
 		Config: c, metrics: newMetrics(c.Metrics),
 		known: map[fleet.NodeID]bool{}, learned: map[fleet.JobID]bool{},
-		resolved: map[string]fleet.Image{}, errand: map[fleet.VMID]bool{}, notBefore: map[fleet.VMID]time.Time{},
+		resolved: map[string]fleet.Image{}, unresolved: map[string]string{}, errand: map[fleet.VMID]bool{}, notBefore: map[fleet.VMID]time.Time{},
 	}, nil
 }
 

@@ -1,6 +1,8 @@
 package controller
 
 import (
+	"errors"
+	"strings"
 	"testing"
 	"time"
 
@@ -367,5 +369,64 @@ func TestGhosts(t *testing.T) {
 	}
 	if names := w.github.names(); len(names) != 2 {
 		t.Errorf("runners left: %v; want the two that are not ours", names)
+	}
+}
+
+// Explain names what stands in the way, in each state of a job's life.
+func TestExplain(t *testing.T) {
+	w := newWorld(t)
+	w.report("mac-1", fleet.ImageReady)
+	job := w.queue()
+	w.c.noteUnresolved(testRef, errors.New("no such tag"))
+	says := func(want string) {
+		t.Helper()
+		e, err := w.c.Explain(t.Context(), job.ID)
+		if err != nil || !strings.Contains(e.Wait, want) {
+			t.Errorf("explain says %q, %v; want %q in it", e.Wait, err, want)
+		}
+	}
+	says("no such tag")
+	w.image()
+	w.pass(0)
+	says("which has not begun yet")
+	w.move(w.only().ID, runner.Accepted)
+	says("is booting on mac-1")
+	w.move(w.only().ID, runner.Answered)
+	says("is warm on mac-1")
+	w.pass(0)
+	w.move(w.only().ID, runner.Started)
+	says("is registered")
+	w.move(w.only().ID, runner.TookJob)
+	says("runs it")
+	job.Status, job.Conclusion, job.RunnerName = fleet.JobCompleted, "success", w.only().Claim.Runner
+	w.tell(job)
+	w.move(w.only().ID, runner.Ended)
+	says("completed: success")
+	if _, err := w.c.Explain(t.Context(), 99); !errors.Is(err, ErrNoJob) {
+		t.Errorf("an unknown job: %v", err)
+	}
+}
+
+// A pool whose VMs fail holds its own jobs back and nobody else's: they do not move on
+// to a pool that comes later in the file.
+func TestFailingPoolKeepsItsJobs(t *testing.T) {
+	w := newWorld(t)
+	later := w.c.Pools[0]
+	later.Name = "later"
+	w.c.Pools = append(w.c.Pools, later)
+	w.image()
+	w.report("mac-1", fleet.ImageReady)
+	job := w.queue()
+	w.pass(0)
+	vm, _ := runner.Apply(*w.only(), runner.Ended, w.now)
+	vm.Failed = true
+	w.commit(store.Txn{VMs: []fleet.VM{vm}})
+	w.pass(100 * time.Millisecond)
+	for _, vm := range w.live() {
+		t.Errorf("VM %s of pool %s took the job of a failing pool", vm.ID, vm.Pool)
+	}
+	e, err := w.c.Explain(t.Context(), job.ID)
+	if err != nil || e.Pool != "sequoia" || !strings.Contains(e.Wait, "the next try is at") {
+		t.Errorf("explain: %+v, %v; want pool sequoia's back-off", e, err)
 	}
 }

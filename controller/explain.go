@@ -39,13 +39,18 @@ func (c *Controller) Explain(ctx context.Context, id fleet.JobID) (placement.Exp
 	if said := settledWord(job); said != "" {
 		return placement.Explanation{Job: id, Age: p.now.Sub(job.CreatedAt), Wait: said}, nil
 	}
+	pool, _, _ := placement.PoolFor(c.Pools, *job)
+	if until := p.failing(pool.Name); p.now.Before(until) {
+		said := fmt.Sprintf("VMs of pool %s failed; the next try is at %s", pool.Name, until.Format(time.TimeOnly))
+		return placement.Explanation{Job: id, Pool: pool.Name, Age: p.now.Sub(job.CreatedAt), Wait: said}, nil
+	}
 	p.unmet = runner.Match(p.jobs, vms, c.poolOf, c.Fleet).Unmet
 	explanation, found := placement.Explain(c.snapshot(p), id)
 	if !found {
 		return placement.Explanation{Job: id, Age: p.now.Sub(job.CreatedAt), Wait: "a VM that is coming up will take it"}, nil
 	}
-	if until := p.failing(explanation.Pool); p.now.Before(until) {
-		explanation.Wait = fmt.Sprintf("VMs of pool %s failed; the next try is at %s", explanation.Pool, until.Format(time.TimeOnly))
+	if explanation.Refusal.Reason == placement.ReasonUnresolved {
+		explanation.Wait = c.whyUnresolved(pool.Image)
 	}
 	return explanation, nil
 }

@@ -44,6 +44,7 @@ func (c *Controller) resolveDue(ctx context.Context, due map[string]time.Time) e
 		image, known := c.resolved[ref]
 		if now := time.Now(); !now.Before(due[ref]) {
 			fresh, err := c.Resolve(ctx, ref)
+			c.noteUnresolved(ref, err)
 			if err != nil {
 				due[ref] = now.Add(resolveRetry)
 				failed = errors.Join(failed, fmt.Errorf("resolve the image of pool %s: %w", pool.Name, err))
@@ -71,4 +72,25 @@ func (c *Controller) publish(ctx context.Context, image fleet.Image) error {
 	return c.Store.Commit(ctx, store.Txn{Term: &term, Images: []fleet.Image{image}, Events: []fleet.Event{{
 		At: time.Now(), Kind: "image.resolved", Image: image.Digest, Actor: "leader", Text: image.Ref,
 	}}})
+}
+
+// noteUnresolved keeps why a reference could not be resolved, for Explain; nil: it was.
+func (c *Controller) noteUnresolved(ref string, err error) {
+	c.deputed.Lock()
+	defer c.deputed.Unlock()
+	if err == nil {
+		delete(c.unresolved, ref)
+		return
+	}
+	c.unresolved[ref] = err.Error()
+}
+
+// whyUnresolved is what the registry said of a reference, as far as this replica asked.
+func (c *Controller) whyUnresolved(ref string) string {
+	c.deputed.Lock()
+	defer c.deputed.Unlock()
+	if why, asked := c.unresolved[ref]; asked {
+		return fmt.Sprintf("image %s: %s", ref, why)
+	}
+	return fmt.Sprintf("image %s is being looked up at its registry", ref)
 }
