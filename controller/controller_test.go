@@ -8,6 +8,7 @@ import (
 
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/github"
+	"github.com/paddock-ci/paddock/placement"
 	"github.com/paddock-ci/paddock/runner"
 	"github.com/paddock-ci/paddock/store"
 	"github.com/paddock-ci/paddock/store/storetest"
@@ -404,6 +405,19 @@ func TestExplain(t *testing.T) {
 	says("completed: success")
 	if _, err := w.c.Explain(t.Context(), 99); !errors.Is(err, ErrNoJob) {
 		t.Errorf("an unknown job: %v", err)
+	}
+}
+
+// A job that no pool takes is told so, although it is not among the unmet.
+func TestExplainNoPool(t *testing.T) {
+	w := newWorld(t)
+	w.report("mac-1", fleet.ImageReady)
+	job := w.queue()
+	job.ID, job.Labels = job.ID+1, fleet.NewLabels("self-hosted", "linux")
+	w.tell(job)
+	e, err := w.c.Explain(t.Context(), job.ID)
+	if err != nil || e.Refusal.Reason != placement.ReasonNoPool || e.Wait != "" {
+		t.Errorf("explain: %+v, %v; want the refusal %s", e, err, placement.ReasonNoPool)
 	}
 }
 
