@@ -82,6 +82,9 @@ type Config struct {
 	// SaveHistory writes them.
 	Durations *demand.Durations
 
+	// GhostsEvery is how often runners without a VM are looked for; 0: 5 min.
+	GhostsEvery time.Duration
+
 	Metrics prometheus.Registerer // nil: not exported
 	Log     *slog.Logger          // nil: discarded
 }
@@ -122,6 +125,9 @@ func New(c Config) (*Controller, error) {
 	}
 	if c.ResolveEvery == 0 {
 		c.ResolveEvery = 5 * time.Minute
+	}
+	if c.GhostsEvery == 0 {
+		c.GhostsEvery = 5 * time.Minute
 	}
 	if c.Durations == nil {
 		c.Durations = demand.New(demand.Config{})

@@ -18,8 +18,6 @@ const (
 	errandsAtOnce = 8
 	// errandTimeout bounds one call with its retries by the transport.
 	errandTimeout = 30 * time.Second
-	// ghostEvery is how often runners without a VM are looked for.
-	ghostEvery = 5 * time.Minute
 	// conclusionWait is how long a finished VM's runner may still be reported by GitHub
 	// as having completed its job, before it is asked after.
 	conclusionWait = 30 * time.Second
@@ -31,13 +29,13 @@ func (c *Controller) Errands(ctx context.Context) error {
 	var running sync.WaitGroup
 	defer running.Wait()
 	places := make(chan struct{}, errandsAtOnce)
-	ghosts := time.Now().Add(ghostEvery)
+	ghosts := time.Now().Add(c.GhostsEvery)
 	for ctx.Err() == nil {
 		changed := c.Store.Notify(store.Anything)
 		if term, leading := c.office(); leading {
 			c.setOut(ctx, term, time.Now(), places, &running)
 			if time.Now().After(ghosts) {
-				ghosts = time.Now().Add(ghostEvery)
+				ghosts = time.Now().Add(c.GhostsEvery)
 				if err := c.exorcise(ctx, term); err != nil {
 					c.Log.Warn("looking for runners without a VM", "error", err)
 				}

@@ -52,6 +52,10 @@ type ControlConfig struct {
 	Log     *slog.Logger // nil: discarded
 	// Transport carries the calls of GitHub; nil: the default one.
 	Transport http.RoundTripper
+	// GhostsEvery and WritesPerMinute are controller.Config's and github.Config's; 0: the
+	// defaults, which are right for GitHub.
+	GhostsEvery     time.Duration
+	WritesPerMinute int
 }
 
 // Control is everything of Paddock that is not on a node.
@@ -158,7 +162,8 @@ func (c *Control) build() (handler http.Handler, drain func(), err error) {
 	if c.controller, err = controller.New(controller.Config{
 		Store: c.store, GitHub: gh, Seal: c.key.Seal, Fleet: cfg.Fleet, Pools: cfg.FleetPools(),
 		Resolve:      allowed(cfg.Images.Registries, resolver.Resolve),
-		ResolveEvery: cfg.Images.ResolveEvery.Duration(), Durations: durations, Metrics: metrics, Log: c.c.Log,
+		ResolveEvery: cfg.Images.ResolveEvery.Duration(), Durations: durations,
+		GhostsEvery: c.c.GhostsEvery, Metrics: metrics, Log: c.c.Log,
 	}); err != nil {
 		return nil, nil, err
 	}
@@ -198,7 +203,7 @@ func (c *Control) github() (*github.Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the App's private key: %w", err)
 	}
-	return github.New(github.Config{AppID: g.AppID, PrivateKey: key, BaseURL: g.API, Transport: c.c.Transport, Log: c.c.Log})
+	return github.New(github.Config{AppID: g.AppID, PrivateKey: key, BaseURL: g.API, Transport: c.c.Transport, WritesPerMinute: c.c.WritesPerMinute, Log: c.c.Log})
 }
 
 // allowed refuses registries outside the list before any request is made.
