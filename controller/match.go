@@ -20,7 +20,7 @@ func (c *Controller) match(ctx context.Context, p *pass) error {
 			vms = append(vms, &vm)
 		}
 	}
-	matching := runner.Match(p.jobs, vms, c.poolOf, c.Fleet)
+	matching := runner.Match(append(c.ended(p, vms), p.jobs...), vms, c.poolOf, c.Fleet)
 	p.unmet, p.surplus = matching.Unmet, matching.Surplus
 	for _, vm := range vms {
 		job, changed := matching.Set[vm.ID]
@@ -37,6 +37,28 @@ func (c *Controller) match(ctx context.Context, p *pass) error {
 		}
 	}
 	return nil
+}
+
+// ended are the completed jobs that ran in VMs which live on. GitHub may say that a job
+// is completed before its node says that the runner was busy at all: such a VM has had
+// its job, is no other job's, and no surplus either.
+func (c *Controller) ended(p *pass, vms []*fleet.VM) []*fleet.Job {
+	runners := map[string]bool{}
+	for _, vm := range vms {
+		if vm.Claim != nil {
+			runners[vm.Claim.Runner] = true
+		}
+	}
+	var jobs []*fleet.Job
+	if len(runners) == 0 {
+		return nil
+	}
+	for _, job := range p.view.Jobs {
+		if job.Status == fleet.JobCompleted && runners[job.RunnerName] {
+			jobs = append(jobs, job)
+		}
+	}
+	return jobs
 }
 
 // poolOf is the pool and scope whose VMs may take the job.
