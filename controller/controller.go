@@ -226,6 +226,12 @@ func (c *Controller) depute(term store.Term, leading bool) {
 	c.metrics.leader.Set(map[bool]float64{true: 1}[leading])
 }
 
+// Leading reports whether this replica led at its last pass.
+func (c *Controller) Leading() bool {
+	_, leading := c.office()
+	return leading
+}
+
 // office returns the term, if this replica leads.
 func (c *Controller) office() (store.Term, bool) {
 	c.deputed.Lock()

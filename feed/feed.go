@@ -62,6 +62,9 @@ type Store interface {
 type Config struct {
 	GitHub GitHub // required
 	Store  Store  // required
+	// Active says whether this replica sweeps; the leader does, so that two replicas do not
+	// spend the App's requests twice. Nil: always.
+	Active func() bool
 	// Every is the time from one pass to the next; 0: 20 s.
 	Every time.Duration
 	// Log is told what was recovered and what could not be; nil: discarded.
@@ -110,12 +113,19 @@ func (f *Feed) Run(ctx context.Context) error {
 	failures := 0
 	for {
 		now := time.Now()
-		more, err := f.Step(ctx, now)
+		var more bool
+		var err error
+		active := f.c.Active == nil || f.c.Active()
+		if active {
+			more, err = f.Step(ctx, now)
+		}
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
 		pause := f.c.Every
 		switch {
+		case !active:
+			pause = min(pause, time.Second) // a new leader sweeps at once
 		case err != nil:
 			pause = f.pause(err, failures, now)
 			failures++

@@ -521,6 +521,25 @@ func TestRunBacksOff(t *testing.T) {
 	})
 }
 
+// A replica that does not lead leaves the sweep alone, and sweeps at once when it does.
+func TestOnlyTheActiveReplicaSweeps(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log logbook
+		var starts []time.Duration
+		begin := time.Now()
+		log.arrive = func() { starts = append(starts, time.Since(begin)) }
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		f := newFeed(t, feed.Config{GitHub: &log, Store: newMemory(), Active: func() bool {
+			return time.Since(begin) > 30*time.Second
+		}})
+		if err := f.Run(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Run ends with %v", err)
+		}
+		want(t, "passes at", starts, "[31s 51s]")
+	})
+}
+
 // memory is a store without Redis, for tests in a bubble of time.
 type memory struct{ cursor string }
 

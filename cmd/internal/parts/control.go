@@ -168,7 +168,7 @@ func (c *Control) build() (handler http.Handler, drain func(), err error) {
 		return nil, nil, err
 	}
 	if c.feed, err = feed.New(feed.Config{
-		GitHub: gh, Store: c.store, Every: cfg.GitHub.SweepEvery.Duration(), Metrics: metrics, Log: c.c.Log,
+		GitHub: gh, Store: c.store, Active: c.controller.Leading, Every: cfg.GitHub.SweepEvery.Duration(), Metrics: metrics, Log: c.c.Log,
 	}); err != nil {
 		return nil, nil, err
 	}
