@@ -36,8 +36,8 @@ func NewKey() Key {
 
 // ParseKey reads a key file's content: 64 hex digits or base64 of 32 bytes, with white
 // space around it. It fails with ErrKey.
-func ParseKey(text []byte) (Key, error) {
-	line := strings.TrimSpace(string(text))
+func ParseKey(text string) (Key, error) {
+	line := strings.TrimSpace(text)
 	secret, err := hex.DecodeString(line)
 	if err != nil {
 		secret, err = base64.StdEncoding.DecodeString(line)

@@ -69,7 +69,10 @@ func (a *Agent) run(lives context.Context) {
 			continue
 		}
 		if used >= a.c.Slots {
-			a.log.Warn("a VM waits: every slot of this node is taken", "vm", order.ID, "pool", order.Pool, "slots", a.c.Slots)
+			if !a.waiting[order.ID] {
+				a.waiting[order.ID] = true
+				a.log.Warn("a VM waits: every slot of this node is taken", "vm", order.ID, "pool", order.Pool, "slots", a.c.Slots)
+			}
 			continue
 		}
 		if a.isStopping() {
@@ -85,6 +88,7 @@ func (a *Agent) begin(lives context.Context, l *life) {
 	ctx, end := context.WithCancelCause(lives)
 	l.end = end
 	a.vms[l.order.ID] = l
+	delete(a.waiting, l.order.ID)
 	if l.record.End != nil {
 		end(l.record.End) // it was ending before a crash: nothing but the teardown is left
 	}

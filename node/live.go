@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
@@ -145,14 +146,19 @@ func (a *Agent) lease(ctx context.Context, l *life) error {
 // disk that was used is not used twice.
 func (a *Agent) boot(ctx context.Context, l *life) error {
 	if l.resumed {
-		m, err := a.c.Machines.Adopt(ctx, l.order.ID)
+		m, err := a.adopt(ctx, l)
+		answered := a.recordOf(l).Report.State != fleet.VMBooting
 		switch {
-		case err == nil:
+		case err == nil && (answered || !hasEnded(ctx, m)):
 			l.machine = m
 			return nil
+		case err == nil: // it went with the agent in the middle of its boot
+			if err := m.Destroy(ctx); err != nil {
+				return fmt.Errorf("removing what is left of its first boot: %w", err)
+			}
 		case !errors.Is(err, vm.ErrUnknown):
 			return fmt.Errorf("adopting its machine: %w", err)
-		case stage(a.recordOf(l).Report.State) > stage(fleet.VMBooting):
+		case answered:
 			return &ending{Reason: "the VM did not survive the restart of its node's agent: its machine is gone", Failed: true}
 		}
 	}
@@ -171,6 +177,32 @@ func (a *Agent) boot(ctx context.Context, l *life) error {
 	}
 	l.machine = m
 	return nil
+}
+
+// adoptTries bounds how often a machine is asked for that is there and cannot be had:
+// about ten seconds, for one slow answer must not end a job.
+const adoptTries = 8
+
+func (a *Agent) adopt(ctx context.Context, l *life) (vm.Machine, error) {
+	for n := 1; ; n++ {
+		m, err := a.c.Machines.Adopt(ctx, l.order.ID)
+		if err == nil || n == adoptTries || errors.Is(err, vm.ErrUnknown) || ctx.Err() != nil {
+			return m, err
+		}
+		a.log.Warn("a machine of ours could not be adopted; it is tried again", "vm", l.order.ID, "tries", n, "error", err)
+		pause(ctx, backoff(n, dialPause, dialMost))
+	}
+}
+
+// endedTime is how long a machine is given to say that it has ended, which one that has
+// does at once.
+const endedTime = time.Second
+
+func hasEnded(ctx context.Context, m vm.Machine) bool {
+	ctx, cancel := context.WithTimeout(ctx, endedTime)
+	defer cancel()
+	_, err := m.Wait(ctx)
+	return err == nil
 }
 
 func (a *Agent) cloneDir(id fleet.VMID) string { return filepath.Join(a.clones(), string(id)) }

@@ -44,7 +44,7 @@ func TestOutcomes(t *testing.T) {
 		{name: "runner cannot be started", runner: true, reason: "starting runner", failed: true,
 			prepare: func(_ *stand, o *api.VMOrder) { o.Runner = []string{"/nowhere/run.sh"} }},
 		{name: "image is not here", reason: "is not ready on this node", failed: true,
-			prepare: func(s *stand, _ *api.VMOrder) { delete(s.shelf.images, image) }},
+			prepare: func(s *stand, _ *api.VMOrder) { delete(s.shelf.images, base) }},
 		{name: "clone fails", reason: "cloning image 111111111111: disk full", failed: true,
 			prepare: func(s *stand, _ *api.VMOrder) { s.shelf.cloneErr = errors.New("disk full") }},
 		{name: "boot fails", reason: "booting: machine did not boot: no kernel", failed: true,
@@ -163,8 +163,8 @@ func TestStop(t *testing.T) {
 		if r.State != fleet.VMDone || r.Reason != "the node's agent was stopped" || r.Failed {
 			t.Errorf("reported %+v", r)
 		}
-		if s.office.last.Node.Slots != 0 {
-			t.Errorf("a stopped node offers %d slots", s.office.last.Node.Slots)
+		if s.office.latest().Node.Slots != 0 {
+			t.Errorf("a stopped node offers %d slots", s.office.latest().Node.Slots)
 		}
 		s.checkEmpty(t)
 	})
@@ -178,7 +178,7 @@ func TestStop(t *testing.T) {
 		stop := s.agent(t)
 		s.office.awaitState(t, "aaaaaaaa", fleet.VMBusy)
 		s.office.awaitState(t, "bbbbbbbb", fleet.VMWarm)
-		first := s.office.last.Session
+		first := s.office.latest().Session
 		stop()
 		if ids, _ := s.yard.List(); len(ids) != 2 {
 			t.Fatalf("machines after the stop: %v", ids)
@@ -196,7 +196,7 @@ func TestStop(t *testing.T) {
 				t.Errorf("VM %s was booted %d times", id, n)
 			}
 		}
-		if s.office.last.Session == first {
+		if s.office.latest().Session == first {
 			t.Error("both agents have the same session")
 		}
 		stop()

@@ -159,7 +159,7 @@ func TestEvict(t *testing.T) {
 		s.office.place(s.order("aaaaaaaa", jobGood))
 		stop := s.agent(t)
 		s.office.awaitState(t, "aaaaaaaa", fleet.VMWarm)
-		s.office.order(func() { s.office.evict = []fleet.Digest{digest("a"), digest("b"), image} })
+		s.office.order(func() { s.office.evict = []fleet.Digest{digest("a"), digest("b"), base} })
 		s.office.await(t, "one is gone", func() bool { return len(s.office.last.Node.Images) == 2 })
 		s.office.order(func() { s.office.destroy["aaaaaaaa"] = "surplus" })
 		s.office.await(t, "the leased one is gone, too", func() bool { return len(s.office.last.Node.Images) == 1 })

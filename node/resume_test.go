@@ -29,6 +29,11 @@ func TestAfterACrash(t *testing.T) {
 		{name: "booting with half a clone", boots: 1, order: true, reason: "runner exited 0",
 			world: func(t *testing.T, s *stand, o api.VMOrder) { s.clone(t, o) }},
 		{name: "booting and the machine runs", boots: 1, order: true, reason: "runner exited 0", world: running},
+		{name: "booting and the machine ended with the agent", boots: 2, order: true, reason: "runner exited 0",
+			world: func(t *testing.T, s *stand, o api.VMOrder) {
+				running(t, s, o)
+				s.yard.machines[o.ID].die("killed")
+			}},
 		{name: "booting for too long", reason: "its guest did not answer within 10m0s", failed: true,
 			journal: func(r *record) { r.Report.BootingAt = time.Now().Add(-time.Hour) }},
 		{name: "warm and the machine runs", boots: 1, order: true, reason: "runner exited 0", world: running,
@@ -90,7 +95,7 @@ func TestAfterACrash(t *testing.T) {
 			if tt.world != nil {
 				tt.world(t, s, order)
 			}
-			s.shelf.leases["bbbbbbbb"] = image // of a VM that nobody knows
+			s.shelf.leases["bbbbbbbb"] = base // of a VM that nobody knows
 			if tt.order {
 				s.office.start[order.ID] = runnerOrder(order.ID)
 			}

@@ -151,8 +151,8 @@ func TestDoneUntilApplied(t *testing.T) {
 		}
 		stop = s.agent(t)
 		time.Sleep(time.Minute)
-		if len(s.office.last.VMs) != 1 || s.office.last.VMs[0].Reason != "runner exited 0" {
-			t.Fatalf("the next agent reports %+v", s.office.last.VMs)
+		if vms := s.office.latest().VMs; len(vms) != 1 || vms[0].Reason != "runner exited 0" {
+			t.Fatalf("the next agent reports %+v", vms)
 		}
 		s.office.order(func() { s.office.deaf = false })
 		s.office.await(t, "it leaves the journal", func() bool { return s.office.gone["aaaaaaaa"] })
@@ -260,7 +260,7 @@ func TestInventory(t *testing.T) {
 			n.Driver != "yard" || n.Version != "1.2.3" || n.Arch == "" || n.OS == "" || n.Session == "" || n.Session != s.office.last.Session {
 			t.Errorf("reported %+v", n)
 		}
-		if i, ok := n.Image(image); !ok || i.State != fleet.ImageReady {
+		if i, ok := n.Image(base); !ok || i.State != fleet.ImageReady {
 			t.Errorf("images reported: %+v", n.Images)
 		}
 		if s.office.last.Protocol != api.Protocol || kept != "new" {

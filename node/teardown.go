@@ -12,7 +12,7 @@ import (
 
 // Durations of a teardown.
 const (
-	undoTime  = 30 * time.Second // one try of one step
+	undoTime  = 2 * time.Minute  // one try of one step; a helper that hangs takes 30 s to be killed
 	undoPause = time.Second      // before the second try
 	undoMost  = 30 * time.Second // between later ones
 	// undoLast is how often a stopping agent tries a step; the next start goes on.

@@ -1,0 +1,297 @@
+package server
+
+import (
+	"fmt"
+	"net/http"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/paddock-ci/paddock/api"
+	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/runner"
+	"github.com/paddock-ci/paddock/store"
+)
+
+// Limits on what a node may say, far above what one does.
+const (
+	maxVMs     = 1000
+	maxImages  = 5000
+	maxSlots   = 1000
+	maxSession = 64   // bytes
+	maxReason  = 2000 // bytes; the rest is cut off
+)
+
+// forgiveness is how long after its boot deadline a VM to be destroyed that its node
+// never began may still be on its way; then it is over.
+const forgiveness = 2 * time.Minute
+
+// vmIDPattern is what fleet.NewVMID draws.
+var vmIDPattern = regexp.MustCompile(`^[a-z0-9]{8}$`)
+
+// checkSync refuses what no agent of ours sends: it comes from outside.
+func checkSync(r *api.SyncRequest) error {
+	if r.Protocol != api.Protocol {
+		return refusal(http.StatusUpgradeRequired, fmt.Sprintf("this controller speaks version %d of sync, not %d", api.Protocol, r.Protocol),
+			"run the same version of paddock on node and controller")
+	}
+	bad := func(what string) error {
+		return refusal(http.StatusBadRequest, "a sync with "+what, "this is not what a paddock node sends; compare the versions")
+	}
+	n := &r.Node
+	switch {
+	case r.Session == "" || len(r.Session) > maxSession || strings.ContainsFunc(r.Session, func(c rune) bool { return c <= ' ' || c > '~' }):
+		return bad("no session, or one that is not a short word")
+	case r.Sequence < 1:
+		return bad("a sequence below 1")
+	case n.Slots < 0 || n.Slots > maxSlots || n.CPU < 0 || n.Memory < 0 || n.DiskFree < 0 || n.PullRate < 0:
+		return bad("impossible sizes")
+	case len(r.VMs) > maxVMs || len(n.Images) > maxImages:
+		return bad("too many VMs or images")
+	}
+	for _, i := range n.Images {
+		if err := fleet.CheckDigest(i.Digest); err != nil {
+			return bad(err.Error())
+		}
+	}
+	seen := map[fleet.VMID]bool{}
+	for _, vm := range r.VMs {
+		if !vmIDPattern.MatchString(string(vm.ID)) || seen[vm.ID] {
+			return bad(fmt.Sprintf("a VM named %q, or named twice", vm.ID))
+		}
+		seen[vm.ID] = true
+	}
+	return nil
+}
+
+// report turns a node's word into one transaction on a view.
+type report struct {
+	view  *store.View
+	node  fleet.NodeID
+	fleet string
+	now   time.Time
+	boot  func(fleet.PoolName) time.Duration // a pool's boot deadline
+
+	txn   store.Txn
+	moves []move
+}
+
+// move is one step that a VM took by this report, for metrics.
+type move struct {
+	vm fleet.VM
+	on runner.Event
+}
+
+// apply fills the transaction. It fails with what the node is told.
+func (r *report) apply(q *api.SyncRequest, cordoned bool) error {
+	r.txn = store.Txn{
+		Report:      &store.Report{Node: r.node, Session: q.Session, Sequence: q.Sequence},
+		Incarnation: r.view.Incarnation,
+	}
+	reported := make(map[fleet.VMID]bool, len(q.VMs))
+	for i := range q.VMs {
+		reported[q.VMs[i].ID] = true
+		if err := r.vm(&q.VMs[i]); err != nil {
+			return err
+		}
+	}
+	for _, vm := range r.view.VMsOn(r.node) {
+		if !reported[vm.ID] {
+			r.missing(vm)
+		}
+	}
+	changed := r.self(q, cordoned)
+	r.txn.Quiet = !changed && len(r.txn.VMs) == 0 && len(r.txn.Events) == 0
+	return nil
+}
+
+// self writes the node's own record; it reports whether anything but a heartbeat
+// changed.
+func (r *report) self(q *api.SyncRequest, cordoned bool) bool {
+	n := q.Node
+	n.ID, n.Session, n.Sequence = r.node, q.Session, q.Sequence
+	n.Cordoned, n.SeenAt, n.JoinedAt, n.Rev = cordoned, r.now, r.now, 0
+	was := r.view.Nodes[r.node]
+	if was != nil {
+		n.JoinedAt, n.Rev = was.JoinedAt, was.Rev
+	}
+	r.txn.Nodes = []fleet.Node{n}
+	switch {
+	case was == nil:
+		r.event("node.appeared", nil, fmt.Sprintf("%s, %s/%s, %d slots, paddock %s", n.ID, n.OS, n.Arch, n.Slots, n.Version))
+	case was.Session != n.Session:
+		r.event("node.restarted", nil, fmt.Sprintf("the agent on %s began a new session (paddock %s)", n.ID, n.Version))
+	case r.now.Sub(was.SeenAt) >= unreachableAfter:
+		r.event("node.returned", nil, fmt.Sprintf("%s was silent for %s", n.ID, r.now.Sub(was.SeenAt).Round(time.Second)))
+	}
+	return was == nil || !reflect.DeepEqual(steady(*was), steady(n))
+}
+
+// steady is a node without what moves all the time and makes nobody decide anew.
+func steady(n fleet.Node) fleet.Node {
+	n.Sequence, n.SeenAt, n.DiskFree, n.PullRate, n.Rev = 0, time.Time{}, 0, 0, 0
+	images := slices.Clone(n.Images)
+	for i := range images {
+		images[i].Done, images[i].DiskBytes, images[i].UsedAt = 0, 0, time.Time{}
+		images[i].RetryAt = images[i].RetryAt.UTC()
+	}
+	n.Images = images
+	if len(n.Images) == 0 {
+		n.Images = nil
+	}
+	if len(n.Tags) == 0 {
+		n.Tags = nil
+	}
+	return n
+}
+
+// vm takes the node's word on one VM.
+func (r *report) vm(v *api.VMReport) error {
+	record := r.view.VMs[v.ID]
+	if record != nil && record.Node != r.node {
+		return refusal(http.StatusForbidden, fmt.Sprintf("VM %s is not on node %s: a node speaks only for itself", v.ID, r.node),
+			"every node needs a name and a data directory of its own")
+	}
+	if err := r.checkRunner(v); err != nil {
+		return err
+	}
+	if record == nil {
+		return r.unknown(v)
+	}
+	if record.State.Final() {
+		return nil // the reply has it destroyed if it still lives
+	}
+	vm, changed := *record, false
+	if v.Runner != nil {
+		changed = r.acknowledge(&vm, v.Runner)
+	}
+	if vm.Retire == fleet.RetireLose && v.State != fleet.VMDone {
+		vm.Retire, vm.Reason, changed = fleet.RetireNone, "", true
+		r.event("vm.returned", &vm, fmt.Sprintf("VM %s is there after all", vm.ID))
+	}
+	return r.advance(vm, v, changed)
+}
+
+// checkRunner refuses a runner's name that is not this VM's.
+func (r *report) checkRunner(v *api.VMReport) error {
+	if v.Runner == nil {
+		return nil
+	}
+	if id, n, ours := fleet.ParseRunnerName(r.fleet, v.Runner.Name); !ours || id != v.ID || n != v.Runner.Attempt {
+		return refusal(http.StatusForbidden, fmt.Sprintf("runner %q is not VM %s's: a node speaks only for itself", v.Runner.Name, v.ID),
+			"node and controller must belong to the same fleet")
+	}
+	return nil
+}
+
+// unknown makes a record again after the store was emptied: the VM runs, and only what
+// is present acts. One that is done needs no record.
+func (r *report) unknown(v *api.VMReport) error {
+	if v.State == fleet.VMDone {
+		return nil
+	}
+	vm := fleet.VM{
+		ID: v.ID, Node: r.node, Pool: v.Order.Pool, Image: v.Order.Image, Job: v.Order.Job,
+		State: fleet.VMPlaced, PlacedAt: v.Order.PlacedAt,
+	}
+	if vm.PlacedAt.IsZero() || vm.PlacedAt.After(r.now) {
+		vm.PlacedAt = r.now
+	}
+	if v.Runner != nil {
+		r.acknowledge(&vm, v.Runner)
+	}
+	r.event("vm.recovered", &vm, fmt.Sprintf("VM %s was not in the store; its node has it", vm.ID))
+	return r.advance(vm, v, true)
+}
+
+// acknowledge takes down that the node has the runner's JIT config: from now on it is
+// in nobody's hands but the guest's. A claim that the store does not have (it was
+// emptied, or restored from before) is learned from the node.
+func (r *report) acknowledge(vm *fleet.VM, k *api.RunnerReport) bool {
+	var claim fleet.Claim
+	switch {
+	case vm.Claim == nil || (vm.Claim.Runner != k.Name && k.Attempt > vm.Attempt):
+		claim = fleet.Claim{Scope: k.Scope, Group: k.Group, Labels: fleet.NewLabels(k.Labels...), Runner: k.Name, RunnerID: k.RunnerID, At: r.now}
+		vm.Attempt = max(vm.Attempt, k.Attempt)
+		if k.Job != 0 {
+			vm.Job = k.Job
+		}
+	case vm.Claim.Runner != k.Name || (vm.Claim.Started && vm.Claim.Sealed == ""):
+		return false
+	default:
+		claim = *vm.Claim
+	}
+	if claim.RunnerID == 0 {
+		claim.RunnerID = k.RunnerID
+	}
+	claim.Started, claim.Sealed = true, ""
+	vm.Claim = &claim
+	return true
+}
+
+// advance walks the VM to where the node says it is.
+func (r *report) advance(vm fleet.VM, v *api.VMReport, changed bool) error {
+	next, moves, err := runner.Advance(vm, runner.Report{
+		State: v.State, Now: r.now,
+		BootingAt: v.BootingAt, WarmAt: v.WarmAt, RegisteredAt: v.RegisteredAt, BusyAt: v.BusyAt, DoneAt: v.DoneAt,
+	})
+	if err != nil {
+		return refusal(http.StatusBadRequest, err.Error(), "this is not what a paddock node sends; compare the versions")
+	}
+	if next.State == fleet.VMDone && !vm.State.Final() {
+		next.Reason, next.Failed = cut(v.Reason), v.Failed
+	}
+	for _, m := range moves {
+		r.moves = append(r.moves, move{next, m.On})
+		text := fmt.Sprintf("VM %s: %s", vm.ID, m.On)
+		if m.On == runner.Ended && next.Reason != "" {
+			text += ": " + next.Reason
+		}
+		r.event("vm."+string(m.To), &next, text)
+	}
+	if changed || len(moves) > 0 {
+		r.txn.VMs = append(r.txn.VMs, next)
+	}
+	return nil
+}
+
+// cut bounds a text from outside.
+func cut(text string) string {
+	return strings.ToValidUTF8(text[:min(len(text), maxReason)], "?")
+}
+
+// missing looks at a record of this node that its report does not name. The report is
+// the whole journal, but absence does not act: the leader is asked to have GitHub say
+// first whether the runner is busy. A VM in placed is merely ordered again.
+func (r *report) missing(record *fleet.VM) {
+	vm := *record
+	switch {
+	case vm.State.Final() || vm.Retire == fleet.RetireLose:
+		return
+	case vm.State != fleet.VMPlaced:
+		vm.Retire, vm.Reason = fleet.RetireLose, "missing in the node's journal"
+		r.event("vm.missing", &vm, fmt.Sprintf("VM %s is not in the journal of %s any more", vm.ID, r.node))
+	case vm.Destroy && r.now.Sub(vm.PlacedAt) > r.boot(vm.Pool)+forgiveness:
+		ended, ok := runner.Apply(vm, runner.Ended, r.now)
+		if !ok {
+			return
+		}
+		vm = ended
+		r.moves = append(r.moves, move{vm, runner.Ended})
+		r.event("vm.done", &vm, fmt.Sprintf("VM %s was never begun", vm.ID))
+	default:
+		return
+	}
+	r.txn.VMs = append(r.txn.VMs, vm)
+}
+
+// event notes what happened, by this node's word.
+func (r *report) event(kind string, vm *fleet.VM, text string) {
+	e := fleet.Event{At: r.now, Kind: kind, Node: r.node, Actor: "node:" + string(r.node), Text: text}
+	if vm != nil {
+		e.VM, e.Job, e.Image = vm.ID, vm.Job, vm.Image
+	}
+	r.txn.Events = append(r.txn.Events, e)
+}

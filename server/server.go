@@ -1,0 +1,179 @@
+// Package server is the controller's HTTP interface: for nodes, for the command line,
+// for probes and for Prometheus.
+//
+//  1. A table says each route's method, path and the action that its caller must be
+//     allowed; one wrapper does identity, body, errors and metrics for all of them.
+//  2. sync takes a node's report: every VM in it is walked forward through the table of
+//     package runner, and all of it is one transaction of the store.
+//  3. The reply is computed from the store's view alone: orders for images, VMs to
+//     run, runners to start, VMs to destroy. While it is what the node already has, the
+//     call is parked until the store says that something changed.
+//  4. join makes a node of whoever has a one-time token; tokens let people in.
+//  5. The lists are views, turned into rows.
+//
+// It decides nothing about the fleet: the controller does, and meets it in the store.
+// Webhooks are package webhook's, on the same port; cmd puts the two together.
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/gin-gonic/gin"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/paddock-ci/paddock/access"
+	"github.com/paddock-ci/paddock/api"
+	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/placement"
+	"github.com/paddock-ci/paddock/store"
+)
+
+// Config of a Server. Store, Key and Fleet are required.
+type Config struct {
+	Store *store.Store
+	Key   access.Key // of the fleet
+	Fleet string     // part of every runner's name
+
+	// Pools in file order, as configured now; nil: none.
+	Pools func() []fleet.Pool
+	// Explain says why a job waits; the controller's. Nil: the route answers 501.
+	Explain func(ctx context.Context, id fleet.JobID) (placement.Explanation, error)
+
+	// SelfURL is where nodes reach this controller, and Certificate the hex SHA-256 of
+	// its self-made certificate; both go into join tokens. "": the node has to be told.
+	SelfURL     string
+	Certificate string
+
+	Metrics *prometheus.Registry // nil: one of its own
+	Log     *slog.Logger         // nil: discarded
+	Now     func() time.Time     // nil: time.Now
+}
+
+// Server answers the controller's HTTP interface. It starts nothing by itself.
+type Server struct {
+	c        Config
+	log      *slog.Logger
+	verifier access.Verifier
+	metrics  metrics
+	ledger   *ledgerCache
+	engine   *gin.Engine
+
+	drain    chan struct{} // closed when parked calls shall be answered
+	draining sync.Once
+}
+
+// New checks the configuration.
+func New(c Config) (*Server, error) {
+	if c.Store == nil {
+		return nil, errors.New("server: Store is required")
+	}
+	if err := fleet.CheckName("fleet", c.Fleet); err != nil {
+		return nil, err
+	}
+	verifier, err := c.Key.Verifier()
+	if err != nil {
+		return nil, fmt.Errorf("server: the fleet key: %w", err)
+	}
+	if c.Pools == nil {
+		c.Pools = func() []fleet.Pool { return nil }
+	}
+	if c.Metrics == nil {
+		c.Metrics = prometheus.NewRegistry()
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	s := &Server{c: c, log: c.Log, verifier: verifier, metrics: newMetrics(c.Metrics), drain: make(chan struct{}),
+		ledger: newLedgerCache(c.Store.ReadLedger)}
+	s.engine = s.routes()
+	return s, nil
+}
+
+// Handler answers everything below /v1, the probes and /metrics; anything else is a 404
+// with a hint.
+func (s *Server) Handler() http.Handler { return s.engine }
+
+// Drain answers all parked calls and parks no more, so that an http.Server can shut
+// down without waiting for them: give it to RegisterOnShutdown.
+func (s *Server) Drain() { s.draining.Do(func() { close(s.drain) }) }
+
+// route is one line of the table.
+type route struct {
+	method string
+	path   string        // with {id}, from package api
+	needs  access.Action // "": anyone
+	do     func(*Server, route) gin.HandlerFunc
+}
+
+// maxBody and maxSync bound request bodies in bytes. A sync with 1,000 VMs has 1 MB.
+const (
+	maxBody = 64 << 10
+	maxSync = 8 << 20
+)
+
+var table = []route{
+	{http.MethodPost, api.RouteSync, access.Sync, endpoint((*Server).sync)},
+	{http.MethodPost, api.RouteJoin, "", endpoint((*Server).join)},
+
+	{http.MethodGet, api.RouteNodes, access.Read, endpoint((*Server).listNodes)},
+	{http.MethodPost, api.RouteCordon, access.Operate, endpoint((*Server).cordon)},
+	{http.MethodPost, api.RouteUncordon, access.Operate, endpoint((*Server).uncordon)},
+	{http.MethodGet, api.RouteVMs, access.Read, endpoint((*Server).listVMs)},
+	{http.MethodGet, api.RouteImages, access.ReadImages, endpoint((*Server).listImages)},
+	{http.MethodGet, api.RouteJobs, access.Read, endpoint((*Server).listJobs)},
+	{http.MethodGet, api.RouteExplain, access.Read, endpoint((*Server).explain)},
+	{http.MethodGet, api.RouteEvents, access.Read, endpoint((*Server).listEvents)},
+
+	{http.MethodGet, api.RouteTokens, access.Tokens, endpoint((*Server).listTokens)},
+	{http.MethodPost, api.RouteTokens, access.Tokens, endpoint((*Server).createToken)},
+	{http.MethodDelete, api.RouteToken, access.Tokens, endpoint((*Server).revokeToken)},
+
+	{http.MethodGet, api.RouteHealth, "", endpoint((*Server).healthy)},
+	{http.MethodGet, api.RouteReady, "", endpoint((*Server).ready)},
+}
+
+func (s *Server) routes() *gin.Engine {
+	gin.SetMode(gin.ReleaseMode) // gin's debug mode prints to stdout
+	engine := gin.New()
+	engine.HandleMethodNotAllowed = true
+	engine.UseRawPath = true // an id with an escaped slash stays one segment
+	engine.Use(s.recover)
+	for _, r := range table {
+		engine.Handle(r.method, ginPath(r.path), r.do(s, r))
+	}
+	engine.GET(api.RouteMetrics, gin.WrapH(promhttp.HandlerFor(s.c.Metrics, promhttp.HandlerOpts{})))
+	engine.NoRoute(func(c *gin.Context) {
+		s.refuse(c, "none", refusal(http.StatusNotFound, "no such path", "the interface is below /v1; see docs/api.md"))
+	})
+	engine.NoMethod(func(c *gin.Context) {
+		s.refuse(c, "none", refusal(http.StatusMethodNotAllowed, "this path does not take a "+c.Request.Method, "see docs/api.md"))
+	})
+	return engine
+}
+
+// ginPath writes {id} as gin does.
+func ginPath(path string) string { return strings.Replace(path, "{id}", ":id", 1) }
+
+type probe struct {
+	Status string `json:"status"`
+}
+
+func (s *Server) healthy(context.Context, call, struct{}) (probe, error) { return probe{"ok"}, nil }
+
+func (s *Server) ready(ctx context.Context, _ call, _ struct{}) (probe, error) {
+	if err := s.c.Store.Ready(ctx); err != nil {
+		return probe{}, err
+	}
+	return probe{"ok"}, nil
+}

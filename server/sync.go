@@ -1,0 +1,253 @@
+package server
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"time"
+
+	"github.com/paddock-ci/paddock/access"
+	"github.com/paddock-ci/paddock/api"
+	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/store"
+)
+
+const (
+	// maxWait is the longest a sync is parked: a missed wake-up costs no more.
+	maxWait = 20 * time.Second
+	// unreachableAfter is the silence after which the controller gives a node nothing
+	// new; here it only decides whether a report is a return.
+	unreachableAfter = 45 * time.Second
+	// tries bounds how often a report is applied anew because the leader wrote the same
+	// records meanwhile.
+	tries = 8
+)
+
+// sync takes a node's report, then answers with its orders: at once if they are not
+// what the node has, else when they change or q.Wait has passed.
+func (s *Server) sync(ctx context.Context, c call, q api.SyncRequest) (api.SyncReply, error) {
+	node := fleet.NodeID(c.id)
+	if c.who.Subject != c.id {
+		return api.SyncReply{}, refusal(http.StatusForbidden, fmt.Sprintf("this credential is node %s's, not %s's: a node speaks only for itself", c.who.Subject, c.id),
+			"join under this name with a token of its own (paddock node join)")
+	}
+	if err := checkSync(&q); err != nil {
+		return api.SyncReply{}, err
+	}
+	// Taken before the view is read: what changes after that wakes us.
+	changed := s.c.Store.Notify(store.NodeTopic(node))
+	view, err := s.take(ctx, node, &q, c.now)
+	if err != nil {
+		return api.SyncReply{}, err
+	}
+	reply, err := s.park(ctx, node, &q, view, changed, c.parked)
+	if err != nil {
+		return api.SyncReply{}, err
+	}
+	reply.Applied = q.Sequence
+	reply.Credential = s.renew(ctx, c)
+	return reply, nil
+}
+
+// take applies the report and returns a view that includes it.
+func (s *Server) take(ctx context.Context, node fleet.NodeID, q *api.SyncRequest, now time.Time) (*store.View, error) {
+	ledger, err := s.ledger.get(ctx, now)
+	if err != nil {
+		return nil, err
+	}
+	_, cordoned := ledger.Cordons[node]
+	for range tries {
+		view, err := s.c.Store.View(ctx)
+		if err != nil {
+			return nil, err
+		}
+		r := report{view: view, node: node, fleet: s.c.Fleet, now: now, boot: s.bootDeadline}
+		if err := r.apply(q, cordoned); err != nil {
+			return nil, err
+		}
+		err = s.c.Store.Commit(ctx, r.txn)
+		switch {
+		case errors.Is(err, store.ErrConflict), errors.Is(err, store.ErrFenced):
+			continue // somebody wrote in between, or the store was emptied: look again
+		case err != nil:
+			return nil, err
+		}
+		s.noted(&r)
+		if r.txn.Quiet {
+			return view, nil // nothing in it that orders depend on has changed
+		}
+		return s.c.Store.View(ctx)
+	}
+	return nil, fmt.Errorf("apply a report of node %s: %w", node, store.ErrConflict)
+}
+
+// noted logs and counts what a report changed, once it is written.
+func (s *Server) noted(r *report) {
+	for _, e := range r.txn.Events {
+		s.log.Info(e.Kind, "node", e.Node, "runner", e.VM, "job", e.Job, "actor", e.Actor, "reason", e.Text)
+	}
+	for i := range r.moves {
+		m := &r.moves[i]
+		s.metrics.moved(&m.vm, m.on, r.view.Jobs[m.vm.Job])
+	}
+}
+
+// park waits until the node's orders are not those it has.
+func (s *Server) park(ctx context.Context, node fleet.NodeID, q *api.SyncRequest, view *store.View, changed <-chan struct{}, parked *time.Duration) (api.SyncReply, error) {
+	reply, err := s.orders(view, node, q)
+	wait := min(q.Wait, maxWait)
+	if err != nil || wait <= 0 || reply.Revision != q.Have {
+		return reply, err
+	}
+	began := time.Now()
+	s.metrics.parked.Inc()
+	defer func() {
+		s.metrics.parked.Dec()
+		*parked = time.Since(began)
+	}()
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	for reply.Revision == q.Have {
+		select {
+		case <-changed:
+		case <-timer.C:
+			return reply, nil
+		case <-s.drain:
+			return reply, nil
+		case <-ctx.Done():
+			return reply, ctx.Err()
+		}
+		changed = s.c.Store.Notify(store.NodeTopic(node))
+		if view, err = s.c.Store.View(ctx); err != nil {
+			return reply, err
+		}
+		if reply, err = s.orders(view, node, q); err != nil {
+			return reply, err
+		}
+	}
+	return reply, nil
+}
+
+// orders is all that the view wants of a node that has said q, with a revision that
+// is equal for equal orders.
+func (s *Server) orders(view *store.View, node fleet.NodeID, q *api.SyncRequest) (api.SyncReply, error) {
+	reply := api.SyncReply{Incarnation: view.Incarnation}
+	if o := view.Orders[node]; o != nil {
+		reply.Hold, reply.Evict = o.Hold, o.Evict
+	}
+	living := map[fleet.VMID]bool{}
+	for _, v := range q.VMs {
+		if v.State != fleet.VMDone {
+			living[v.ID] = true
+		}
+	}
+	pools := map[fleet.PoolName]*fleet.Pool{}
+	configured := s.c.Pools()
+	for i := range configured {
+		pools[configured[i].Name] = &configured[i]
+	}
+	for _, vm := range view.VMsOn(node) {
+		pool := pools[vm.Pool]
+		if vm.State == fleet.VMPlaced && pool != nil {
+			reply.Run = append(reply.Run, vmOrder(vm, pool))
+		}
+		switch {
+		case vm.State.Final():
+			if living[vm.ID] {
+				reply.Destroy = append(reply.Destroy, api.DestroyOrder{VM: vm.ID, Reason: reason(vm)})
+			}
+		case vm.Destroy:
+			reply.Destroy = append(reply.Destroy, api.DestroyOrder{VM: vm.ID, Reason: reason(vm)})
+		case vm.Claim != nil && vm.Claim.Sealed != "" && !vm.Claim.Started && vm.Retire == fleet.RetireNone:
+			if start, ok := s.runnerOrder(vm); ok {
+				reply.Start = append(reply.Start, start)
+			}
+		}
+	}
+	var err error
+	reply.Revision, err = revision(reply)
+	return reply, err
+}
+
+func reason(vm *fleet.VM) string {
+	if vm.Reason == "" {
+		return "it is " + string(vm.State)
+	}
+	return vm.Reason
+}
+
+// vmOrder asks for a VM as its pool describes it.
+func vmOrder(vm *fleet.VM, pool *fleet.Pool) api.VMOrder {
+	return api.VMOrder{
+		ID: vm.ID, Pool: vm.Pool, Image: vm.Image, Ref: pool.Image,
+		CPU: pool.CPU, Memory: pool.Memory, Disk: pool.Disk, Mounts: pool.Mounts, Env: pool.Env,
+		Bootstrap: pool.Bootstrap, Runner: pool.Runner, Deadlines: pool.Deadlines.WithDefaults(),
+		PlacedAt: vm.PlacedAt, Job: vm.Job,
+	}
+}
+
+// runnerOrder opens the JIT config of a claim. One that does not open (another fleet
+// key sealed it) is left to the leader, who settles claims that nobody takes up.
+func (s *Server) runnerOrder(vm *fleet.VM) (api.RunnerOrder, bool) {
+	jit, err := s.c.Key.Open(vm.Claim.Sealed, vm.ID, vm.Claim.Runner)
+	if err != nil {
+		s.log.Error("a runner's configuration cannot be opened", "runner", vm.Claim.Runner, "node", vm.Node, "error", err)
+		return api.RunnerOrder{}, false
+	}
+	return api.RunnerOrder{VM: vm.ID, JIT: jit, Runner: api.RunnerReport{
+		Name: vm.Claim.Runner, RunnerID: vm.Claim.RunnerID, Scope: vm.Claim.Scope, Group: vm.Claim.Group,
+		Labels: vm.Claim.Labels, Attempt: vm.Attempt, Job: vm.Job,
+	}}, true
+}
+
+// revision is a hash of orders; a job that a VM is meant for is a hint that may change
+// without waking the node, and secrets stay out of hashes.
+func revision(reply api.SyncReply) (string, error) {
+	reply.Run = append([]api.VMOrder(nil), reply.Run...)
+	for i := range reply.Run {
+		reply.Run[i].Job = 0
+	}
+	reply.Start = append([]api.RunnerOrder(nil), reply.Start...)
+	for i := range reply.Start {
+		reply.Start[i].JIT, reply.Start[i].Runner.Job = "", 0
+	}
+	text, err := json.Marshal(reply)
+	if err != nil {
+		return "", fmt.Errorf("encode orders: %w", err)
+	}
+	sum := sha256.Sum256(text)
+	return hex.EncodeToString(sum[:12]), nil // 96 bits: no two wills of a node meet
+}
+
+// renew hands out a new credential when the old one is about to end; "" if not. What
+// fails here is tried again at the next sync, for a month.
+func (s *Server) renew(ctx context.Context, c call) string {
+	now := s.c.Now() // the call may have been parked
+	if c.who.ExpiresAt.Sub(now) >= access.RenewBefore {
+		return ""
+	}
+	node := fleet.NodeID(c.id)
+	token, expires, err := s.issueNode(ctx, node, c.who.Actor(), now, func(*store.Ledger) error { return nil })
+	if err == nil {
+		err = s.audit(ctx, fleet.Event{At: now, Kind: "node.renewed", Node: node, Actor: c.who.Actor(), Text: "a new credential until " + expires.Format(time.DateOnly)})
+	}
+	if err != nil {
+		s.log.Error("a node's credential could not be renewed", "node", node, "ends", c.who.ExpiresAt, "error", err)
+		return ""
+	}
+	return string(token)
+}
+
+// bootDeadline is a pool's, or the default of a pool that is gone.
+func (s *Server) bootDeadline(name fleet.PoolName) time.Duration {
+	for _, p := range s.c.Pools() {
+		if p.Name == name {
+			return p.Deadlines.WithDefaults().Boot
+		}
+	}
+	return fleet.Deadlines{}.WithDefaults().Boot
+}
