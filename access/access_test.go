@@ -278,8 +278,8 @@ func TestSecretsDoNotPrint(t *testing.T) {
 		fmt.Fprintf(&out, verb+verb+verb+verb+"\n", key, token, h, &h)
 	}
 	log := slog.New(slog.NewJSONHandler(&out, nil))
-	log.Info("key", "key", key, "token", token)
-	slog.New(slog.NewTextHandler(&out, nil)).Info("key", "key", key, "token", token)
+	log.Info("key", "key", key, "it", token)
+	slog.New(slog.NewTextHandler(&out, nil)).Info("key", "key", key, "it", token)
 	if err := json.NewEncoder(&out).Encode(key); err != nil {
 		t.Fatal(err)
 	}

@@ -67,7 +67,7 @@ func (a *Agent) undo(ctx context.Context, l *life, what string, step func(contex
 		if err == nil {
 			return
 		}
-		a.log.Error("teardown: could not "+what+"; it is tried again", "vm", l.order.ID, "tries", n, "error", err)
+		a.log.Error("a step of a teardown failed and is tried again", "step", what, "vm", l.order.ID, "tries", n, "error", err)
 		if a.isStopping() {
 			last++
 		}

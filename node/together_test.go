@@ -302,7 +302,9 @@ func (c *child) kill(t *testing.T) {
 	if err := c.cmd.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	<-c.exited
+	if err := <-c.exited; err == nil {
+		t.Error("killed, but it ended well")
+	}
 }
 
 func (c *child) stop(t *testing.T) {

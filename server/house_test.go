@@ -3,6 +3,7 @@ package server
 import (
 	"bytes"
 	"context"
+	"errors"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -85,7 +86,9 @@ func (h *house) open() {
 	go func() { ended <- s.Run(ctx) }()
 	h.t.Cleanup(func() {
 		stop()
-		<-ended
+		if err := <-ended; err != nil && !errors.Is(err, context.Canceled) {
+			h.t.Error(err)
+		}
 		_ = s.Close() // some tests have closed it to take it away
 	})
 	if _, leader, err := s.Lead(ctx, "leader", time.Hour); err != nil || !leader {

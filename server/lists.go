@@ -101,7 +101,7 @@ func (s *Server) setCordon(ctx context.Context, c call, on bool) (api.NodeRow, e
 		next.Cordoned = on
 		err = s.c.Store.Commit(ctx, store.Txn{Nodes: []fleet.Node{next}, Events: []fleet.Event{e}})
 		if err == nil {
-			s.log.Info(e.Kind, "node", node, "actor", actor)
+			s.log.Info("changed", "event", e.Kind, "node", node, "actor", actor)
 			return nodeRow(view, &next, c.now), nil
 		}
 		if !errors.Is(err, store.ErrConflict) {

@@ -88,7 +88,7 @@ func (s *Server) take(ctx context.Context, node fleet.NodeID, q *api.SyncRequest
 // noted logs and counts what a report changed, once it is written.
 func (s *Server) noted(r *report) {
 	for _, e := range r.txn.Events {
-		s.log.Info(e.Kind, "node", e.Node, "runner", e.VM, "job", e.Job, "actor", e.Actor, "reason", e.Text)
+		s.log.Info("reported", "event", e.Kind, "node", e.Node, "runner", e.VM, "job", e.Job, "actor", e.Actor, "reason", e.Text)
 	}
 	for i := range r.moves {
 		m := &r.moves[i]

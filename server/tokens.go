@@ -23,7 +23,7 @@ const (
 
 // audit writes a change's event and its log line.
 func (s *Server) audit(ctx context.Context, e fleet.Event) error {
-	s.log.Info(e.Kind, "node", e.Node, "actor", e.Actor, "reason", e.Text)
+	s.log.Info("changed", "event", e.Kind, "node", e.Node, "actor", e.Actor, "reason", e.Text)
 	if err := s.c.Store.Commit(ctx, store.Txn{Events: []fleet.Event{e}}); err != nil {
 		return fmt.Errorf("write %s to the audit trail: %w", e.Kind, err)
 	}
