@@ -16,10 +16,13 @@ import (
 func explainCommand(g *globals) *cobra.Command {
 	return &cobra.Command{
 		Use: "explain ID", Short: "Say why a job waits, or what serves it", Args: cobra.ExactArgs(1),
+		Long: `Say why a job waits, or what serves it. The answer comes from the same functions that place
+jobs; the table shows what each node would mean for this one: the time until a slot is free,
+until the image is there, for the boot, and all of it, or why the node is refused.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			id, err := strconv.ParseInt(args[0], 10, 64)
 			if err != nil || id <= 0 {
-				return fmt.Errorf("%q is not a job's id (hint: a number like 30000000001; paddock job list shows them)", args[0])
+				return usage("a number like 30000000001; paddock job list shows them", "%q is not a job's id", args[0])
 			}
 			client, err := g.client()
 			if err != nil {
@@ -57,7 +60,7 @@ func writeExplanation(cmd *cobra.Command, g *globals, e api.Explanation) error {
 		fmt.Fprintf(&b, "a VM is being placed on %s\n", e.Choice.Node)
 	}
 	if e.Ahead > 0 {
-		fmt.Fprintf(&b, "%d jobs are ahead of it\n", e.Ahead)
+		fmt.Fprintf(&b, "ahead of it: %s\n", count(e.Ahead, "job"))
 	}
 	if _, err := fmt.Fprint(cmd.OutOrStdout(), b.String()); err != nil || len(e.Options) == 0 {
 		return err

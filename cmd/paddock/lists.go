@@ -166,7 +166,7 @@ func jobCommand(g *globals) *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			known := []fleet.JobStatus{"", fleet.JobWaiting, fleet.JobQueued, fleet.JobInProgress, fleet.JobCompleted}
 			if !slices.Contains(known, fleet.JobStatus(status)) {
-				return fmt.Errorf("unknown status %q (hint: waiting, queued, in_progress or completed)", status)
+				return usage("waiting, queued, in_progress or completed", "unknown status %q", status)
 			}
 			client, err := g.client()
 			if err != nil {
@@ -180,6 +180,7 @@ func jobCommand(g *globals) *cobra.Command {
 		},
 	}
 	list.Flags().StringVar(&status, "status", "", "waiting, queued, in_progress or completed; all by default")
+	complete(list, "status", "waiting", "queued", "in_progress", "completed")
 	cmd.AddCommand(list, explainCommand(g))
 	return cmd
 }

@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -28,16 +29,16 @@ var version = ""
 
 func main() {
 	if err := newRoot().ExecuteContext(context.Background()); err != nil {
-		fmt.Fprintln(os.Stderr, "paddock:", err)
-		os.Exit(1)
+		fmt.Fprintln(os.Stderr, "paddock:", advise(err))
+		os.Exit(exitStatus(err))
 	}
 }
 
 // globals are the flags that all commands share.
 type globals struct {
-	config string // path
+	config string // path; "": PADDOCK_CONFIG's
 	output string // table, wide or json
-	url    string
+	url    string // "": PADDOCK_URL's, if there is a PADDOCK_TOKEN
 	debug  bool
 }
 
@@ -52,22 +53,45 @@ soonest, starts an ephemeral VM with a just-in-time runner there, and destroys i
   paddock up          everything in one process: a single Mac, nothing to install
   paddock controller  the controller alone; nodes join it
   paddock node        this machine's agent`,
-		SilenceUsage: true, SilenceErrors: true,
+		Version: versionText(), SilenceUsage: true, SilenceErrors: true,
+		PersistentPreRunE: func(*cobra.Command, []string) error {
+			if !slices.Contains(outputs, g.output) {
+				return usage("-o table, wide or json", "unknown output %q", g.output)
+			}
+			return nil
+		},
 	}
+	root.SetVersionTemplate("paddock {{.Version}}\n")
 	flags := root.PersistentFlags()
-	flags.StringVar(&g.config, "config", os.Getenv("PADDOCK_CONFIG"), "configuration file (or PADDOCK_CONFIG)")
+	flags.StringVar(&g.config, "config", "", "configuration file (or PADDOCK_CONFIG)")
 	flags.StringVarP(&g.output, "output", "o", "table", "table, wide or json")
-	flags.StringVar(&g.url, "url", "", "the controller's URL, if the command line is on another machine (with PADDOCK_TOKEN)")
+	flags.StringVar(&g.url, "url", "", "the controller's URL, if it is on another machine (with PADDOCK_TOKEN)")
 	flags.BoolVar(&g.debug, "debug", false, "log more")
 	root.AddCommand(
 		upCommand(g), controllerCommand(g), nodeCommand(g), configCommand(g),
 		nodesCommand(g), vmCommand(g), imageCacheCommand(g), jobCommand(g), tokenCommand(g),
 		versionCommand(), roleCommand(parts.HelperRole), roleCommand(parts.GuestRole),
 	)
+	complete(root, "output", outputs...)
+	root.InitDefaultCompletionCmd() // now, so that it is as strict as the others
+	strict(root)
 	return root
 }
 
-func (g *globals) load() (*config.Config, error) { return config.Load(g.config, os.Environ()) }
+// outputs are the values of --output.
+var outputs = []string{"table", "wide", "json"}
+
+// complete gives the shell the values of a flag.
+func complete(cmd *cobra.Command, flag string, values ...string) {
+	if err := cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)); err != nil {
+		panic(err) // the flag is not there: a slip in this package
+	}
+}
+
+// file is the configuration's path; "": there is none.
+func (g *globals) file() string { return or(g.config, os.Getenv("PADDOCK_CONFIG")) }
+
+func (g *globals) load() (*config.Config, error) { return config.Load(g.file(), os.Environ()) }
 
 func (g *globals) log() *slog.Logger {
 	level := slog.LevelInfo
@@ -105,6 +129,9 @@ func configCommand(g *globals) *cobra.Command {
 	cmd := &cobra.Command{Use: "config", Short: "The configuration"}
 	cmd.AddCommand(&cobra.Command{
 		Use: "check [FILE]", Short: "Read the configuration and say what is wrong with it; starts nothing", Args: cobra.MaximumNArgs(1),
+		Long: `Read the configuration (FILE, or what --config or PADDOCK_CONFIG name, and the environment)
+and say what is wrong with it. It starts nothing and asks nobody. Notes name what is allowed
+but stands in the way of a command: a key that it needs, a file that this host does not have.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 1 {
 				g.config = args[0]
@@ -113,7 +140,11 @@ func configCommand(g *globals) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s is good: fleet %s, %d pools\n", or(g.config, "the environment"), c.Fleet, len(c.Pools))
+			text := fmt.Sprintf("%s is good: fleet %s, %s\n", or(g.file(), "the environment"), c.Fleet, count(len(c.Pools), "pool"))
+			for _, note := range c.Notes() {
+				text += "note: " + note + "\n"
+			}
+			_, err = fmt.Fprint(cmd.OutOrStdout(), text)
 			return err
 		},
 	})

@@ -21,12 +21,15 @@ import (
 // client finds the controller: --url with PADDOCK_TOKEN, or what the controller on this
 // host left in its data directory.
 func (g *globals) client() (*api.Client, error) {
-	if g.url != "" {
-		token := os.Getenv("PADDOCK_TOKEN")
+	url, token := g.url, os.Getenv("PADDOCK_TOKEN")
+	if url == "" && token != "" {
+		url = os.Getenv("PADDOCK_URL") // without a token it is the configuration's overlay
+	}
+	if url != "" {
 		if token == "" {
 			return nil, errors.New("--url needs a token in PADDOCK_TOKEN (hint: on the controller: paddock token create NAME --role viewer)")
 		}
-		return api.New(api.Config{URL: g.url, Token: token, CertificateHash: os.Getenv("PADDOCK_CERTIFICATE")})
+		return api.New(api.Config{URL: url, Token: token, CertificateHash: os.Getenv("PADDOCK_CERTIFICATE")})
 	}
 	c, err := g.load()
 	if err != nil {
@@ -56,15 +59,11 @@ type column[T any] struct {
 // an empty JSON array.
 func show[T any](cmd *cobra.Command, g *globals, rows []T, columns []column[T]) error {
 	w := cmd.OutOrStdout()
-	switch g.output {
-	case "json":
+	if g.output == "json" {
 		if rows == nil {
 			rows = []T{}
 		}
 		return writeJSON(w, rows)
-	case "table", "wide":
-	default:
-		return fmt.Errorf("unknown output %q (hint: -o table, wide or json)", g.output)
 	}
 	table := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 	line := func(text func(column[T]) string) {
@@ -87,6 +86,14 @@ func writeJSON(w io.Writer, value any) error {
 	encoder := json.NewEncoder(w)
 	encoder.SetIndent("", "  ")
 	return encoder.Encode(value)
+}
+
+// count is a number of things.
+func count(n int, thing string) string {
+	if n == 1 {
+		return "1 " + thing
+	}
+	return fmt.Sprintf("%d %ss", n, thing)
 }
 
 // size is a number of bytes for people, in the decimal units of disks.

@@ -16,6 +16,11 @@ import (
 func upCommand(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "up", Short: "Run controller and node in one process, on the embedded store", Args: cobra.NoArgs,
+		Long: `Run controller and node in one process. Without redis in the configuration the store is
+embedded, and there is nothing else to install. This machine joins by itself at the first start.
+
+Ctrl-C tears its VMs down; SIGTERM, which service managers send, leaves them running for
+the next start to take over.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := g.loadFor(cmd)
 			if err != nil {
@@ -28,8 +33,13 @@ func upCommand(g *globals) *cobra.Command {
 				return err
 			}
 			group, ctx := errgroup.WithContext(ctx)
-			group.Go(func() error { return control.Run(ctx) })
-			group.Go(func() error { return runOwnNode(ctx, g, c, control, stop) })
+			// The controller ends after the node, which tells it what was torn down.
+			serving, stopServing := context.WithCancel(context.WithoutCancel(ctx))
+			group.Go(func() error { return control.Run(serving) })
+			group.Go(func() error {
+				defer stopServing()
+				return runOwnNode(ctx, g, c, control, stop)
+			})
 			return group.Wait()
 		},
 	}
@@ -41,11 +51,14 @@ func upCommand(g *globals) *cobra.Command {
 func runOwnNode(ctx context.Context, g *globals, c *config.Config, control *parts.Control, stop *stopped) error {
 	if !parts.Joined(c.Node) {
 		token, err := control.JoinToken(ctx, fleet.NodeID(c.Node.Name))
+		if err == nil {
+			err = parts.Join(ctx, c.Node, token, control.URL())
+		}
+		if ctx.Err() != nil {
+			return nil // asked to stop meanwhile
+		}
 		if err != nil {
 			return fmt.Errorf("join this machine: %w", err)
-		}
-		if err := parts.Join(ctx, c.Node, token, control.URL()); err != nil {
-			return err
 		}
 	}
 	return runNode(ctx, g, c, stop)
@@ -68,7 +81,14 @@ func openControl(ctx context.Context, g *globals, c *config.Config) (*parts.Cont
 	if err != nil {
 		return nil, err
 	}
-	return control, control.Open(ctx)
+	if err := control.Open(ctx); err != nil {
+		return nil, err
+	}
+	g.log().Info("ready for GitHub", "webhook", control.URL()+parts.WebhookPath, "pools", len(c.Pools))
+	if len(c.Pools) == 0 {
+		g.log().Warn("there are no pools: jobs are taken in, but none runs (see docs/paddock.example.yaml)")
+	}
+	return control, nil
 }
 
 func controllerCommand(g *globals) *cobra.Command {
@@ -125,7 +145,7 @@ it from standard input.`,
 			token := args[0]
 			if token == "-" {
 				if _, err := fmt.Fscan(cmd.InOrStdin(), &token); err != nil {
-					return fmt.Errorf("read the token from standard input: %w", err)
+					return fmt.Errorf("read the token from standard input: %w (hint: paddock token create --node NAME | paddock node join -)", err)
 				}
 			}
 			if err := parts.Join(cmd.Context(), c.Node, token, url); err != nil {
@@ -164,5 +184,5 @@ func (g *globals) loadFor(cmd *cobra.Command) (*config.Config, error) {
 			environ = append(environ, variable+"="+f.Value.String())
 		}
 	}
-	return config.Load(g.config, environ)
+	return config.Load(g.file(), environ)
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"time"
 
@@ -54,11 +53,11 @@ func tokenCreate(g *globals) *cobra.Command {
 			r := api.TokenRequest{Role: role, Life: life, Node: fleet.NodeID(node)}
 			switch {
 			case node != "" && (len(args) > 0 || role != ""):
-				return errors.New("--node makes a join token, which has no name and no role of its own")
+				return usage("leave NAME and --role out", "--node makes a join token, which has no name and no role of its own")
 			case node == "" && len(args) == 0:
-				return errors.New("a service token needs a name (hint: paddock token create NAME --role viewer)")
+				return usage("paddock token create NAME --role viewer", "a service token needs a name")
 			case node == "" && role == "":
-				return errors.New("a service token needs a role (hint: --role viewer, operator, admin or pipeline)")
+				return usage("--role viewer, operator, admin or pipeline", "a service token needs a role")
 			case node == "":
 				r.Name = args[0]
 			}
@@ -83,7 +82,8 @@ func tokenCreate(g *globals) *cobra.Command {
 	}
 	cmd.Flags().StringVar(&role, "role", "", "viewer, operator, admin or pipeline")
 	cmd.Flags().StringVar(&node, "node", "", "make a one-time join token, good for 15 minutes, for a node of this name")
-	cmd.Flags().DurationVar(&life, "life", 0, "how long it is good; 90 days by default")
+	cmd.Flags().DurationVar(&life, "life", 0, "how long it is good, like 720h; 90 days by default")
+	complete(cmd, "role", "viewer", "operator", "admin", "pipeline")
 	return cmd
 }
 

@@ -5,12 +5,14 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"reflect"
 	"slices"
 	"strings"
 
 	"github.com/goccy/go-yaml"
 	"github.com/goccy/go-yaml/ast"
 	"github.com/goccy/go-yaml/parser"
+	"github.com/goccy/go-yaml/token"
 	"github.com/google/go-containerregistry/pkg/name"
 
 	"github.com/paddock-ci/paddock/fleet"
@@ -20,17 +22,23 @@ import (
 type Problem struct {
 	File string // "" when there is no file
 	Line int    // 0 when the key is not in the file
-	Path string // like $.pools[1].image
+	Path string // like $.pools[1].image; "": the file as a whole
 	What string
 	Hint string
 }
 
 func (p *Problem) Error() string {
-	where := strings.TrimPrefix(p.Path, "$.")
-	if p.Line > 0 {
-		where = fmt.Sprintf("%s:%d: %s", p.File, p.Line, where)
+	where := ""
+	if p.File != "" {
+		where = p.File + ": "
 	}
-	return fmt.Sprintf("%s: %s (hint: %s)", where, p.What, p.Hint)
+	if p.Line > 0 {
+		where = fmt.Sprintf("%s:%d: ", p.File, p.Line)
+	}
+	if p.Path != "" {
+		where += strings.TrimPrefix(p.Path, "$.") + ": "
+	}
+	return fmt.Sprintf("%s%s (hint: %s)", where, p.What, p.Hint)
 }
 
 // Is makes every problem an ErrInvalid.
@@ -128,20 +136,61 @@ func explainSyntax(path string, err error) error {
 		value.File = path
 		return value
 	}
-	problem := &Problem{File: path, Path: "$.yaml", What: err.Error(), Hint: "`paddock config check` reads the file without starting anything"}
+	problem := &Problem{File: path, What: err.Error(), Hint: "docs/paddock.example.yaml shows every key; mind the indentation"}
 	var located yaml.Error
 	if errors.As(err, &located) {
 		problem.What = located.GetMessage()
-		if token := located.GetToken(); token != nil && token.Position != nil {
-			problem.Line = token.Position.Line
-			problem.Path = "$." + token.Value
+		if at := located.GetToken(); at != nil && at.Position != nil {
+			problem.Line = at.Position.Line
+			problem.Path = keyOf(at)
 		}
 	}
-	var unknown *yaml.UnknownFieldError
-	if errors.As(err, &unknown) {
-		problem.What, problem.Hint = "unknown key", "docs/paddock.example.yaml lists every key; mind the indentation"
+	var (
+		unknown *yaml.UnknownFieldError
+		wrong   *yaml.TypeError
+		shape   *yaml.UnexpectedNodeTypeError
+		large   *yaml.OverflowError
+	)
+	switch {
+	case errors.As(err, &unknown):
+		problem.What, problem.Path = "unknown key", "$."+brief(unknown.Token.Value)
+		problem.Hint = "docs/paddock.example.yaml lists every key; mind the indentation"
+	case errors.As(err, &wrong):
+		problem.What = fmt.Sprintf("%q is not %s", brief(wrong.Token.Value), kinds[wrong.DstType.Kind()])
+	case errors.As(err, &shape):
+		problem.What = fmt.Sprintf("a %s is wanted, not a %s", shape.Expected.YAMLName(), shape.Actual.YAMLName())
+		problem.Hint = "a list is written [a, b], a mapping {key: value}; docs/paddock.example.yaml shows each key"
+	case errors.As(err, &large):
+		problem.What = fmt.Sprintf("%s is too large", brief(large.SrcNum))
 	}
+	problem.What = strings.Join(strings.Fields(problem.What), " ")
 	return problem
+}
+
+// kinds says what a key of a Go type wants.
+var kinds = map[reflect.Kind]string{
+	reflect.Int: "a whole number", reflect.Int64: "a whole number", reflect.Bool: "true or false",
+	reflect.String: "a text", reflect.Slice: "a list", reflect.Map: "a mapping", reflect.Struct: "a mapping",
+}
+
+// keyOf is the path of the key whose value a token is, or begins; "" if there is none.
+func keyOf(at *token.Token) string {
+	for before := at.Prev; before != nil && before.Position.Line == at.Position.Line; before = before.Prev {
+		if before.Type == token.MappingValueType && before.Prev != nil {
+			return "$." + brief(before.Prev.Value)
+		}
+	}
+	return ""
+}
+
+// brief keeps a file that is no text at all from filling the screen.
+func brief(text string) string {
+	const most = 40 // runes
+	runes := []rune(strings.Join(strings.Fields(strings.ToValidUTF8(text, "?")), " "))
+	if len(runes) > most {
+		runes = append(runes[:most], '…')
+	}
+	return string(runes)
 }
 
 // lineOf finds the line of a path, or of its nearest parent that is in the source; 0

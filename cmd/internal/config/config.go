@@ -13,12 +13,13 @@ import (
 	"strings"
 
 	"github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/parser"
 
 	"github.com/paddock-ci/paddock/fleet"
 )
 
-// Config is the file. Every key is optional unless its comment says otherwise; `paddock
-// config check` tells which of them a command still misses.
+// Config is the file. Every key is optional unless its comment says otherwise; Notes, which
+// `paddock config check` prints, tells which of them a command still misses.
 type Config struct {
 	// Fleet is part of every runner's name at GitHub; two fleets in one account need two
 	// names. Default "paddock".
@@ -126,7 +127,7 @@ type Node struct {
 }
 
 // Load reads the file (path "" means: none) and overlays the environment. What it
-// returns has its defaults filled and has passed Check.
+// returns has its defaults filled and has passed the check.
 func Load(path string, environ []string) (*Config, error) {
 	c := &Config{}
 	var source []byte
@@ -142,7 +143,7 @@ func Load(path string, environ []string) (*Config, error) {
 
 func (c *Config) load(path string, source []byte, environ []string) error {
 	if len(strings.TrimSpace(string(source))) > 0 {
-		if err := yaml.UnmarshalWithOptions(source, c, yaml.Strict()); err != nil {
+		if err := decode(source, c); err != nil {
 			return explainSyntax(path, err)
 		}
 	}
@@ -155,6 +156,29 @@ func (c *Config) load(path string, source []byte, environ []string) error {
 		return problem
 	}
 	return nil
+}
+
+// decode reads one document; of several, the others would be without effect. The YAML
+// library panics on some odd files (a tag of one's own before a list, for one), which is
+// a mistake in the file to whoever wrote it.
+func decode(source []byte, c *Config) (err error) {
+	defer func() {
+		if recover() != nil {
+			err = &Problem{What: "this is YAML that cannot be read", Hint: "write it plainly, without tags (!) and anchors (&); docs/paddock.example.yaml shows every key"}
+		}
+	}()
+	file, err := parser.ParseBytes(source, 0)
+	if err != nil {
+		return err
+	}
+	if len(file.Docs) > 1 {
+		problem := &Problem{What: "more than one document", Hint: "take out the line ---"}
+		if start := file.Docs[1].Start; start != nil {
+			problem.Line = start.Position.Line
+		}
+		return problem
+	}
+	return yaml.UnmarshalWithOptions(source, c, yaml.Strict())
 }
 
 // fillDefaults puts the documented default where a key is missing.

@@ -65,6 +65,15 @@ func TestMistakes(t *testing.T) {
 		{"bad scope", strings.Replace(good, "other/repo", "a/b/c", 1), "", ":7:", "no scope"},
 		{"bad bootstrap", good + "    bootstrap: magic\n", "", ":16:", "unknown bootstrap"},
 		{"not YAML", "pools: [", "", ":1:", ""},
+		{"bytes that are no text", "\x00\xff: [\n" + strings.Repeat("x", 5000), "", ":", ""},
+		{"a key twice", good + "fleet: other\n", "", ":16:", "already defined"},
+		{"two documents", good + "---\nfleet: other\n", "", ":16:", "more than one document"},
+		{"text for a number", strings.Replace(good, "app_id: 7", "app_id: seven", 1), "", ":4: app_id", `"seven" is not a whole number`},
+		{"number that does not fit", good + "    cpu: 99999999999999999999\n", "", ":16: cpu", "too large"},
+		{"text for a list", strings.Replace(good, "[self-hosted, macOS]", "macOS", 1), "", ":14: labels", "a sequence is wanted"},
+		{"text for a truth", good + "    match_hosted: perhaps\n", "", ":16: match_hosted", "true or false"},
+		{"a tag before nothing", "pools:\n  - scopes: !odd\n      a: 1\n    labels: !odd\n", "", ":", ""},
+		{"list for everything", "- a\n", "", ":1:", "a mapping is wanted"},
 		{"unknown variable", good, "PADDOCK_LISTN=:1", "", "unknown variable"},
 		{"variable that is no number", good, "PADDOCK_NODE_SLOTS=two", "", "whole number"},
 		{"half a certificate", good + "tls: {cert: a.pem}\n", "", ":16:", "go together"},
@@ -81,8 +90,50 @@ func TestMistakes(t *testing.T) {
 					t.Errorf("message %q lacks %q", message, part)
 				}
 			}
-			if strings.Contains(message, "\n") {
-				t.Errorf("message of several lines: %q", message)
+			if strings.Contains(message, "\n") || len(message) > 400 || strings.Contains(message, "Go ") {
+				t.Errorf("message that is not for people: %q", message)
+			}
+		})
+	}
+}
+
+// Notes name what a command would stumble over on this host, and nothing when all is there.
+func TestNotes(t *testing.T) {
+	dir := t.TempDir()
+	path := func(name, content string, mode os.FileMode) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, []byte(content), mode); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	whole := strings.Replace(good, "{app_id: 7,", "{app_id: 7, private_key_file: "+path("app.pem", "key", 0o600)+
+		", webhook_secret_files: ["+path("hook", "secret", 0o600)+"],", 1)
+	tests := []struct {
+		name, text string
+		want       []string
+	}{
+		{"all is there", whole, nil},
+		{"nothing is there", "", []string{"github.app_id, github.private_key_file, github.webhook_secret_files", "no pools"}},
+		{"no key file", strings.Replace(whole, "app.pem", "none.pem", 1), []string{"github.private_key_file: open "}},
+		{"an empty secret", strings.Replace(whole, dir+"/hook", path("empty", "", 0o600), 1), []string{"empty is empty"}},
+		{"a directory", strings.Replace(whole, dir+"/hook", dir, 1), []string{"is a directory"}},
+		{"a secret for all", strings.Replace(whole, dir+"/hook", path("open", "secret", 0o644), 1), []string{"chmod 600"}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			c, err := load(t, tt.text)
+			if err != nil {
+				t.Fatal(err)
+			}
+			notes := c.Notes()
+			if len(notes) != len(tt.want) {
+				t.Fatalf("notes %q, want %d", notes, len(tt.want))
+			}
+			for i, want := range tt.want {
+				if !strings.Contains(notes[i], want) {
+					t.Errorf("note %q lacks %q", notes[i], want)
+				}
 			}
 		})
 	}
@@ -92,10 +143,16 @@ func FuzzLoad(f *testing.F) {
 	f.Add(good)
 	f.Add("pools:\n - name: x\n   memory: 99999999999TiB")
 	f.Add("a: &a [*a]")
+	f.Add("{0\n\n0:\"0")
+	f.Add("pools:\n  - scopes: !odd\n      a\n    labels: !odd\n")
 	f.Fuzz(func(t *testing.T, text string) {
 		c := &Config{}
-		if err := c.load("fuzz.yaml", []byte(text), nil); err == nil && c.check() != nil {
+		err := c.load("fuzz.yaml", []byte(text), nil)
+		if err == nil && c.check() != nil {
 			t.Fatal("accepted, but does not pass the check")
+		}
+		if err != nil && strings.Contains(err.Error(), "\n") {
+			t.Fatalf("message of several lines: %q", err)
 		}
 	})
 }

@@ -44,7 +44,7 @@ func (c *Config) variables() map[string]func(string) error {
 }
 
 // notKeys are variables of the command line's client, not of the file.
-var notKeys = map[string]bool{"PADDOCK_CONFIG": true, "PADDOCK_TOKEN": true, "PADDOCK_OUTPUT": true, "PADDOCK_CERTIFICATE": true}
+var notKeys = map[string]bool{"PADDOCK_CONFIG": true, "PADDOCK_TOKEN": true, "PADDOCK_CERTIFICATE": true}
 
 // overlay applies the environment; an unknown PADDOCK_ variable is a mistake, since it
 // would otherwise be silently without effect.

@@ -37,6 +37,9 @@ const credentialFile = "credential.json"
 // url overrides the former, for a controller that is reached by another name from here.
 func Join(ctx context.Context, c config.Node, token, url string) error {
 	join, err := access.ReadJoin(token)
+	if errors.Is(err, access.ErrMalformed) {
+		return fmt.Errorf("this is no join token (hint: one begins with pdkjoin_ and is one line; on the controller: paddock token create --node %s)", c.Name)
+	}
 	if err != nil {
 		return fmt.Errorf("read the join token: %w", err)
 	}
