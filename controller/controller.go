@@ -97,9 +97,9 @@ type Controller struct {
 	term    store.Term
 	leading bool
 	limited time.Time // GitHub answers no sooner
+	settled string    // the incarnation that has settled
 
 	// What Step remembers between passes; lost with the process, without harm.
-	settled  string // the incarnation that has settled
 	known    map[fleet.NodeID]bool
 	learned  map[fleet.JobID]bool
 	sweptAt  time.Time

@@ -2,6 +2,7 @@ package controller
 
 import (
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -442,5 +443,71 @@ func TestFailingPoolKeepsItsJobs(t *testing.T) {
 	e, err := w.c.Explain(t.Context(), job.ID)
 	if err != nil || e.Pool != "sequoia" || !strings.Contains(e.Wait, "the next try is at") {
 		t.Errorf("explain: %+v, %v; want pool sequoia's back-off", e, err)
+	}
+}
+
+// A VM that comes up while the runners are listed is no ghost's, and in a new incarnation
+// nobody is a ghost before the nodes have reported.
+func TestNoGhosts(t *testing.T) {
+	w := newWorld(t)
+	w.pass(0)
+	var vm *fleet.VM
+	w.github.listed = func() { vm, _ = w.registered() }
+	term, _ := w.c.office()
+	if err := w.c.exorcise(t.Context(), term); err != nil {
+		t.Fatal(err)
+	}
+	if names := w.github.names(); len(names) != 1 || names[0] != vm.Claim.Runner {
+		t.Errorf("runners left: %v; want %s, whose VM has just come up", names, vm.Claim.Runner)
+	}
+
+	w = newWorld(t)
+	if _, err := w.store.UpdateLedger(t.Context(), func(l *store.Ledger) error {
+		l.Nodes = map[fleet.NodeID]time.Time{"mac-1": w.now}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	w.pass(0)
+	if _, err := w.github.MintRunner(t.Context(), "acme", "paddock-test-abcdefgh-1", 1, nil); err != nil {
+		t.Fatal(err)
+	}
+	term, _ = w.c.office()
+	if err := w.c.exorcise(t.Context(), term); err != nil {
+		t.Fatal(err)
+	}
+	if names := w.github.names(); len(names) != 1 {
+		t.Errorf("runners left: %v; want the one whose node has not reported yet", names)
+	}
+}
+
+// Two short jobs are over before GitHub's news of them: each VM had the other's job, and
+// its record ends with the one that it ran, without asking GitHub.
+func TestTwoShortJobs(t *testing.T) {
+	w := newWorld(t)
+	w.image()
+	w.report("mac-1", fleet.ImageReady)
+	jobs := []fleet.Job{w.queue(), w.queue()}
+	w.pass(0)
+	for _, vm := range w.live() {
+		w.move(vm.ID, runner.Accepted, runner.Answered)
+	}
+	w.pass(0)
+	ran := map[fleet.VMID]fleet.JobID{}
+	for _, vm := range w.live() {
+		w.move(vm.ID, runner.Started, runner.TookJob, runner.Ended)
+		job := jobs[2-vm.Job] // jobs 1 and 2: the other one
+		job.Status, job.Conclusion, job.RunnerName, job.CompletedAt = fleet.JobCompleted, "success", vm.Claim.Runner, w.now
+		w.tell(job)
+		ran[vm.ID] = job.ID
+	}
+	w.pass(0)
+	for id, job := range ran {
+		if vm := w.view().VMs[id]; vm.Claim != nil || vm.Job != job {
+			t.Errorf("VM %+v; want it without a claim and with job %d", vm, job)
+		}
+	}
+	if slices.ContainsFunc(w.github.calls, func(call string) bool { return strings.HasPrefix(call, "remove") }) {
+		t.Errorf("calls %v; want nothing removed", w.github.calls)
 	}
 }

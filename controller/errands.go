@@ -54,8 +54,9 @@ func (c *Controller) setOut(ctx context.Context, term store.Term, now time.Time,
 	if err != nil || view.Incarnation != term.Incarnation || now.Before(c.limitedUntil()) {
 		return
 	}
+	ended := concluded(view)
 	for id, vm := range view.VMs {
-		if c.errandFor(view, vm, term, now) == nil || !c.begin(id) {
+		if c.errandFor(ended, vm, term, now) == nil || !c.begin(id) {
 			continue
 		}
 		select {
@@ -89,24 +90,35 @@ func (c *Controller) run(ctx context.Context, term store.Term, now time.Time, id
 	if vm == nil || view.Incarnation != term.Incarnation {
 		return nil
 	}
-	if errand := c.errandFor(view, vm, term, now); errand != nil {
+	if errand := c.errandFor(concluded(view), vm, term, now); errand != nil {
 		return errand(ctx, term, *vm)
 	}
 	return nil
 }
 
+// concluded are the completed jobs, by the runners that ran them.
+func concluded(view *store.View) map[string]fleet.JobID {
+	ended := map[string]fleet.JobID{}
+	for id, job := range view.Jobs {
+		if job.Status == fleet.JobCompleted && job.RunnerName != "" {
+			ended[job.RunnerName] = id
+		}
+	}
+	return ended
+}
+
 type errand func(context.Context, store.Term, fleet.VM) error
 
 // errandFor is the table of errands: what a VM's record asks of GitHub, nil if nothing.
-func (c *Controller) errandFor(view *store.View, vm *fleet.VM, term store.Term, now time.Time) errand {
+func (c *Controller) errandFor(ended map[string]fleet.JobID, vm *fleet.VM, term store.Term, now time.Time) errand {
 	claim := vm.Claim
 	switch {
 	case vm.State.Final():
 		if claim == nil || vm.State == fleet.VMLost && claim.RunnerID == 0 {
 			return nil
 		}
-		if job := view.Jobs[vm.Job]; job != nil && job.Status == fleet.JobCompleted && job.RunnerName == claim.Runner {
-			return c.forget // GitHub removed the ephemeral runner with its job
+		if job, ran := ended[claim.Runner]; ran { // GitHub removed the ephemeral runner with its job
+			return func(ctx context.Context, term store.Term, vm fleet.VM) error { return c.forget(ctx, term, vm, job) }
 		}
 		if !vm.BusyAt.IsZero() && now.Sub(vm.DoneAt) < conclusionWait {
 			return nil
@@ -212,14 +224,16 @@ func (c *Controller) remove(ctx context.Context, term store.Term, vm fleet.VM) e
 	if err := c.delete(ctx, vm.Claim); err != nil {
 		return err
 	}
-	return c.forget(ctx, term, vm)
+	return c.forget(ctx, term, vm, vm.Job)
 }
 
-// forget clears a finished VM's claim: nothing of it is left at GitHub.
-func (c *Controller) forget(ctx context.Context, term store.Term, vm fleet.VM) error {
+// forget clears a finished VM's claim: nothing of it is left at GitHub. The job that it
+// ran is put right at the same time: a short one may be over before the VM was matched
+// with it, and without the claim nobody could tell any more.
+func (c *Controller) forget(ctx context.Context, term store.Term, vm fleet.VM, job fleet.JobID) error {
 	_, err := c.amend(ctx, term, vm.ID, "", func(vm *fleet.VM) bool {
 		changed := vm.Claim != nil && vm.State.Final()
-		vm.Claim = nil
+		vm.Claim, vm.Job = nil, job
 		return changed
 	})
 	return err
@@ -276,11 +290,11 @@ func (c *Controller) amend(ctx context.Context, term store.Term, id fleet.VMID, 
 }
 
 // exorcise deletes ghosts: runners of this fleet, by name, that are offline and whose
-// VM is unknown or finished. Runners of others are never touched.
+// VM is unknown or finished. Runners of others are never touched. After the store was
+// emptied, a VM is not unknown before its node has had the time to tell of it.
 func (c *Controller) exorcise(ctx context.Context, term store.Term) error {
-	view, err := c.Store.View(ctx)
-	if err != nil || view.Incarnation != term.Incarnation {
-		return err
+	if !c.hasSettled(term.Incarnation) {
+		return nil
 	}
 	scopes := map[fleet.Scope]bool{}
 	for _, pool := range c.Pools {
@@ -291,6 +305,12 @@ func (c *Controller) exorcise(ctx context.Context, term store.Term) error {
 	for scope := range scopes {
 		runners, err := c.GitHub.Runners(ctx, scope)
 		if err != nil {
+			return err
+		}
+		// Read after the runners: whose VM is not in it has none, since a VM is written down
+		// before its runner is registered.
+		view, err := c.Store.View(ctx)
+		if err != nil || view.Incarnation != term.Incarnation {
 			return err
 		}
 		for _, r := range runners {

@@ -41,7 +41,7 @@ func (c *Controller) observe(ctx context.Context, term store.Term, now time.Time
 	for id, vm := range view.VMs {
 		p.vms[id] = *vm
 	}
-	if c.settled != view.Incarnation {
+	if !c.hasSettled(view.Incarnation) {
 		missing, err := c.missing(ctx, view)
 		if err != nil {
 			return nil, err
@@ -50,7 +50,9 @@ func (c *Controller) observe(ctx context.Context, term store.Term, now time.Time
 			c.Log.Debug("a new incarnation waits for its nodes", "missing", len(missing))
 			return p, nil
 		}
+		c.deputed.Lock()
 		c.settled = view.Incarnation
+		c.deputed.Unlock()
 		c.Log.Info("incarnation settled", "incarnation", view.Incarnation, "nodes", len(view.Nodes), "silent", len(missing))
 	}
 	for id := range view.Nodes {
@@ -59,6 +61,13 @@ func (c *Controller) observe(ctx context.Context, term store.Term, now time.Time
 	p.settled = true
 	c.observeMetrics(p)
 	return p, nil
+}
+
+// hasSettled reports whether the nodes have had their time to report in the incarnation.
+func (c *Controller) hasSettled(incarnation string) bool {
+	c.deputed.Lock()
+	defer c.deputed.Unlock()
+	return c.settled == incarnation
 }
 
 // missing lists the nodes that are known but have not reported in this incarnation.

@@ -201,6 +201,7 @@ type registrar struct {
 	lose    bool
 	limited time.Time
 	calls   []string
+	listed  func() // before runners are listed; nil: nothing
 }
 
 var errLost = errors.New("connection reset")
@@ -235,6 +236,9 @@ func (r *registrar) FindRunner(_ context.Context, _ fleet.Scope, name string) (g
 }
 
 func (r *registrar) Runners(context.Context, fleet.Scope) ([]github.Runner, error) {
+	if r.listed != nil {
+		r.listed()
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	var all []github.Runner
