@@ -220,7 +220,7 @@ func (c *Controller) retireSurplus(ctx context.Context, p *pass) error {
 	const moment = 10 * time.Second // webhooks of a taken job arrive within a few seconds
 	for _, id := range p.surplus {
 		vm, found := p.vms[id]
-		if !found || p.written[id] || vm.State != fleet.VMRegistered || vm.Retire != fleet.RetireNone || p.now.Sub(vm.RegisteredAt) < moment {
+		if !found || p.written[id] || vm.State != fleet.VMRegistered || vm.Retire != fleet.RetireNone || p.now.Sub(vm.RegisteredAt) < moment || c.isBusy(id, p.now) {
 			continue
 		}
 		vm.Retire, vm.Reason = fleet.RetireDestroy, "no queued job is left for its runner"

@@ -47,6 +47,7 @@ const (
 	lostAfter        = 15 * time.Minute // then its runners are deleted at GitHub
 	settleAtMost     = 40 * time.Second // two syncs: how long a new incarnation waits for its nodes
 	claimSettles     = 60 * time.Second // a claim older than this is settled by name at GitHub
+	busyStands       = time.Minute      // GitHub called a runner busy: it is not asked again sooner
 	doneKept         = 10 * time.Minute // a finished VM is shown this long
 	jobKept          = time.Hour        // a completed job is shown this long
 	jobsKept         = 2000             // and at most this many of them
@@ -109,6 +110,7 @@ type Controller struct {
 
 	history   sync.Mutex               // guards Durations, which Step, Explain and Save share
 	errand    map[fleet.VMID]bool      // under way
+	busy      map[fleet.VMID]time.Time // GitHub refused to delete the runner; not asked again before
 	notBefore map[fleet.VMID]time.Time // of errands that failed
 }
 
@@ -138,7 +140,7 @@ func New(c Config) (*Controller, error) {
 	return &Controller{
 		Config: c, metrics: newMetrics(c.Metrics),
 		known: map[fleet.NodeID]bool{}, learned: map[fleet.JobID]bool{},
-		resolved: map[string]fleet.Image{}, unresolved: map[string]string{}, errand: map[fleet.VMID]bool{}, notBefore: map[fleet.VMID]time.Time{},
+		resolved: map[string]fleet.Image{}, unresolved: map[string]string{}, errand: map[fleet.VMID]bool{}, notBefore: map[fleet.VMID]time.Time{}, busy: map[fleet.VMID]time.Time{},
 	}, nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"sync"
 	"time"
 
@@ -200,6 +201,9 @@ func (c *Controller) retire(ctx context.Context, term store.Term, vm fleet.VM) e
 	if err != nil && !busy {
 		return err
 	}
+	if busy {
+		c.calledBusy(vm.ID)
+	}
 	what := map[bool]string{true: "vm.kept", false: "vm.retired"}[busy]
 	_, err = c.amend(ctx, term, vm.ID, what, func(vm *fleet.VM) bool {
 		kind := vm.Retire
@@ -217,6 +221,23 @@ func (c *Controller) retire(ctx context.Context, term store.Term, vm fleet.VM) e
 		return true
 	})
 	return err
+}
+
+// calledBusy notes GitHub's word that a runner is busy. It stands for a while: the job
+// may run for hours in which neither the node nor a webhook says so.
+func (c *Controller) calledBusy(id fleet.VMID) {
+	c.deputed.Lock()
+	defer c.deputed.Unlock()
+	now := time.Now()
+	maps.DeleteFunc(c.busy, func(_ fleet.VMID, until time.Time) bool { return now.After(until) })
+	c.busy[id] = now.Add(busyStands)
+}
+
+// isBusy reports whether GitHub's word that a runner is busy still stands.
+func (c *Controller) isBusy(id fleet.VMID, now time.Time) bool {
+	c.deputed.Lock()
+	defer c.deputed.Unlock()
+	return now.Before(c.busy[id])
 }
 
 // remove deletes what a finished VM left at GitHub.

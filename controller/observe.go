@@ -142,7 +142,7 @@ func (p *pass) untouched() []fleet.VM {
 // retiring, and Errands has GitHub say first whether the runner is busy.
 func (c *Controller) notice(ctx context.Context, p *pass) error {
 	for _, vm := range p.untouched() {
-		if vm.State.Final() || vm.Retire != fleet.RetireNone {
+		if vm.State.Final() || vm.Retire != fleet.RetireNone || c.isBusy(vm.ID, p.now) {
 			continue
 		}
 		e, changed := c.overdue(p, &vm)
