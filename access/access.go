@@ -55,6 +55,17 @@ var allowed = map[Role]map[Action]bool{
 // Allows reports whether role may do action; unknown ones may not.
 func Allows(role Role, action Action) bool { return allowed[role][action] }
 
+// WhoMay lists the roles that may do action, for people.
+func WhoMay(action Action) []string {
+	var roles []string
+	for _, role := range Roles {
+		if Allows(role, action) {
+			roles = append(roles, string(role))
+		}
+	}
+	return roles
+}
+
 // ParseRole reads a role that people may hand out; nodes get theirs by joining.
 func ParseRole(text string) (Role, error) {
 	switch role := Role(text); role {

@@ -42,6 +42,16 @@ func TestAllows(t *testing.T) {
 	}
 }
 
+func TestWhoMay(t *testing.T) {
+	for action, want := range map[Action][]string{
+		Operate: {"operator", "admin"}, Tokens: {"admin"}, Sync: {"node"}, "anything": nil,
+	} {
+		if diff := cmp.Diff(want, WhoMay(action)); diff != "" {
+			t.Errorf("%s: %s", action, diff)
+		}
+	}
+}
+
 func TestParseRole(t *testing.T) {
 	for _, role := range []Role{Viewer, Operator, Admin, Pipeline} {
 		if got, err := ParseRole(string(role)); err != nil || got != role {

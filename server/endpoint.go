@@ -85,7 +85,7 @@ func (s *Server) identify(r *http.Request, needs access.Action, now time.Time) (
 		return access.Identity{}, access.ErrRevoked
 	}
 	if !access.Allows(who.Role, needs) {
-		return access.Identity{}, refusal(http.StatusForbidden, fmt.Sprintf("a %s may not do this", who.Role), fmt.Sprintf("it needs a token that allows %q", needs))
+		return access.Identity{}, refusal(http.StatusForbidden, fmt.Sprintf("the role %s may not do this", who.Role), "it needs a token of the role "+strings.Join(access.WhoMay(needs), " or "))
 	}
 	return who, nil
 }
