@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/rogpeppe/go-internal/testscript"
+
 	"github.com/paddock-ci/paddock/cache/registrytest"
 	"github.com/paddock-ci/paddock/cmd/internal/parts"
 	"github.com/paddock-ci/paddock/fleet"
@@ -40,7 +42,8 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(code)
 	}
-	os.Exit(m.Run())
+	// Scripts call this binary as "paddock", which is what Main arranges; it exits.
+	testscript.Main(m, map[string]func(){"paddock": main})
 }
 
 // town is a fleet of real processes: a controller and agents of this program, a real

@@ -157,8 +157,8 @@ func explainSyntax(path string, err error) error {
 		problem.Hint = "docs/paddock.example.yaml lists every key; mind the indentation"
 	case errors.As(err, &wrong):
 		problem.What = fmt.Sprintf("%q is not %s", brief(wrong.Token.Value), kinds[wrong.DstType.Kind()])
-	case errors.As(err, &shape):
-		problem.What = fmt.Sprintf("a %s is wanted, not a %s", shape.Expected.YAMLName(), shape.Actual.YAMLName())
+	case errors.As(err, &shape) && shapes[shape.Expected] != "" && shapes[shape.Actual] != "":
+		problem.What = fmt.Sprintf("this wants %s, not %s", shapes[shape.Expected], shapes[shape.Actual])
 		problem.Hint = "a list is written [a, b], a mapping {key: value}; docs/paddock.example.yaml shows each key"
 	case errors.As(err, &large):
 		problem.What = fmt.Sprintf("%s is too large", brief(large.SrcNum))
@@ -171,6 +171,13 @@ func explainSyntax(path string, err error) error {
 var kinds = map[reflect.Kind]string{
 	reflect.Int: "a whole number", reflect.Int64: "a whole number", reflect.Bool: "true or false",
 	reflect.String: "a text", reflect.Slice: "a list", reflect.Map: "a mapping", reflect.Struct: "a mapping",
+}
+
+// shapes are what YAML calls nodes, in words.
+var shapes = map[ast.NodeType]string{
+	ast.SequenceType: "a list", ast.MappingType: "a mapping", ast.MappingValueType: "a mapping",
+	ast.StringType: "a text", ast.LiteralType: "a text", ast.IntegerType: "a number", ast.FloatType: "a number",
+	ast.BoolType: "true or false", ast.NullType: "nothing", ast.AnchorType: "an anchor", ast.AliasType: "an alias", ast.TagType: "a tag",
 }
 
 // keyOf is the path of the key whose value a token is, or begins; "" if there is none.
