@@ -66,21 +66,28 @@ func (s *syncBuffer) String() string {
 
 func newHouse(t testing.TB) *house {
 	t.Helper()
-	h := &house{t: t, key: access.NewKey(), log: &syncBuffer{}, now: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
-	h.open()
+	s, err := store.OpenEmbedded(t.Context(), store.EmbeddedConfig{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return newHouseOn(t, s)
+}
+
+// newHouseOn is a house on a store of the caller's, which it runs and closes.
+func newHouseOn(t testing.TB, s *store.Store) *house {
+	t.Helper()
+	h := &house{t: t, store: s, key: access.NewKey(), log: &syncBuffer{}, now: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
+	h.runStore()
 	h.server = h.serve()
 	h.http = httptest.NewServer(h.server.Handler())
 	t.Cleanup(h.http.Close)
 	return h
 }
 
-// open gives the house a new, empty store.
-func (h *house) open() {
+// runStore runs the house's store until the test ends, and leads.
+func (h *house) runStore() {
 	h.t.Helper()
-	s, err := store.OpenEmbedded(h.t.Context(), store.EmbeddedConfig{})
-	if err != nil {
-		h.t.Fatal(err)
-	}
+	s := h.store
 	ctx, stop := context.WithCancel(context.WithoutCancel(h.t.Context()))
 	ended := make(chan error, 1)
 	go func() { ended <- s.Run(ctx) }()
@@ -94,7 +101,6 @@ func (h *house) open() {
 	if _, leader, err := s.Lead(ctx, "leader", time.Hour); err != nil || !leader {
 		h.t.Fatalf("lead: %t, %v", leader, err)
 	}
-	h.store = s
 }
 
 func (h *house) serve() *Server {
