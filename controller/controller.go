@@ -110,6 +110,7 @@ type Controller struct {
 
 	history   sync.Mutex               // guards Durations, which Step, Explain and Save share
 	errand    map[fleet.VMID]bool      // under way
+	barred    map[place]bar            // where GitHub refuses runners
 	busy      map[fleet.VMID]time.Time // GitHub refused to delete the runner; not asked again before
 	notBefore map[fleet.VMID]time.Time // of errands that failed
 }
@@ -140,7 +141,7 @@ func New(c Config) (*Controller, error) {
 	return &Controller{
 		Config: c, metrics: newMetrics(c.Metrics),
 		known: map[fleet.NodeID]bool{}, learned: map[fleet.JobID]bool{},
-		resolved: map[string]fleet.Image{}, unresolved: map[string]string{}, errand: map[fleet.VMID]bool{}, notBefore: map[fleet.VMID]time.Time{}, busy: map[fleet.VMID]time.Time{},
+		resolved: map[string]fleet.Image{}, unresolved: map[string]string{}, errand: map[fleet.VMID]bool{}, notBefore: map[fleet.VMID]time.Time{}, busy: map[fleet.VMID]time.Time{}, barred: map[place]bar{},
 	}, nil
 }
 

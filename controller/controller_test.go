@@ -511,3 +511,35 @@ func TestTwoShortJobs(t *testing.T) {
 		t.Errorf("calls %v; want nothing removed", w.github.calls)
 	}
 }
+
+// GitHub refuses runners for one scope: its job lets the VM go to another's, says why it
+// waits, and leaves nothing behind.
+func TestRefusedScope(t *testing.T) {
+	w := newWorld(t)
+	w.c.Pools[0].Scopes = []fleet.Scope{"other", "acme"}
+	w.github.refuses = "other"
+	w.image()
+	w.report("mac-1", fleet.ImageReady)
+	w.serial++
+	barred := fleet.Job{
+		ID: w.serial, Repository: "other/app", Name: "build", Labels: fleet.NewLabels("self-hosted", "macos"),
+		Status: fleet.JobQueued, CreatedAt: w.now, SeenAt: w.now,
+	}
+	w.tell(barred)
+	w.pass(0)
+	vm := w.only()
+	w.move(vm.ID, runner.Accepted, runner.Answered)
+	w.pass(0)
+	if got := w.only(); got.Claim != nil {
+		t.Fatalf("claim %+v; want none after it was refused", got.Claim)
+	}
+	next := w.queue()
+	w.pass(0) // matched
+	w.pass(0) // claimed
+	if got := w.only(); got.ID != vm.ID || got.Job != next.ID || got.Claim == nil || got.Claim.Scope != "acme" {
+		t.Errorf("VM %+v; want the same one with a runner for job %d", got, next.ID)
+	}
+	if e, err := w.c.Explain(t.Context(), barred.ID); err != nil || !strings.Contains(e.Wait, "refuses runners at other") {
+		t.Errorf("explained as %q, %v; want that GitHub refuses its runners", e.Wait, err)
+	}
+}

@@ -148,6 +148,10 @@ func (c *Controller) mint(ctx context.Context, term store.Term, vm fleet.VM) err
 		if errors.As(err, &limited) {
 			return err // refused before anything was done; repeated when GitHub answers again
 		}
+		if refused(err) {
+			c.bar(claim, err)
+			return c.unclaim(ctx, term, vm, "runner.refused")
+		}
 		// The name is taken, or nobody knows what was done: look and begin anew.
 		return errors.Join(fmt.Errorf("register runner %s: %w", claim.Runner, err), c.settle(ctx, term, vm))
 	}
@@ -175,7 +179,7 @@ func (c *Controller) mint(ctx context.Context, term store.Term, vm fleet.VM) err
 func (c *Controller) settle(ctx context.Context, term store.Term, vm fleet.VM) error {
 	claim := *vm.Claim
 	left, found, err := c.GitHub.FindRunner(ctx, claim.Scope, claim.Runner)
-	if err != nil {
+	if err != nil && !errors.Is(err, github.ErrNoInstallation) {
 		return fmt.Errorf("look for runner %s: %w", claim.Runner, err)
 	}
 	if found {
@@ -183,8 +187,14 @@ func (c *Controller) settle(ctx context.Context, term store.Term, vm fleet.VM) e
 			return fmt.Errorf("delete runner %s: %w", claim.Runner, err)
 		}
 	}
-	_, err = c.amend(ctx, term, vm.ID, "runner.settled", func(vm *fleet.VM) bool {
-		if vm.Claim == nil || vm.Claim.Runner != claim.Runner || vm.Claim.Started {
+	return c.unclaim(ctx, term, vm, "runner.settled")
+}
+
+// unclaim takes a claim back of which nothing is at GitHub and nothing on the node.
+func (c *Controller) unclaim(ctx context.Context, term store.Term, vm fleet.VM, kind string) error {
+	runner := vm.Claim.Runner
+	_, err := c.amend(ctx, term, vm.ID, kind, func(vm *fleet.VM) bool {
+		if vm.Claim == nil || vm.Claim.Runner != runner || vm.Claim.Started {
 			return false
 		}
 		vm.Claim = nil
@@ -269,12 +279,19 @@ func (c *Controller) delete(ctx context.Context, claim *fleet.Claim) error {
 	id := claim.RunnerID
 	if id == 0 {
 		left, found, err := c.GitHub.FindRunner(ctx, claim.Scope, claim.Runner)
+		if errors.Is(err, github.ErrNoInstallation) {
+			return nil // what is there is out of our hands
+		}
 		if err != nil || !found {
 			return wrap("look for runner "+claim.Runner, err)
 		}
 		id = left.ID
 	}
-	return wrap("delete runner "+claim.Runner, c.GitHub.RemoveRunner(ctx, claim.Scope, id))
+	err := c.GitHub.RemoveRunner(ctx, claim.Scope, id)
+	if errors.Is(err, github.ErrNoInstallation) {
+		return nil
+	}
+	return wrap("delete runner "+claim.Runner, err)
 }
 
 // amend changes a VM's record as it is now, fenced, repeated while its node changes it,

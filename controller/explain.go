@@ -39,9 +39,12 @@ func (c *Controller) Explain(ctx context.Context, id fleet.JobID) (placement.Exp
 	if said := settledWord(job); said != "" {
 		return placement.Explanation{Job: id, Age: p.now.Sub(job.CreatedAt), Wait: said}, nil
 	}
-	pool, _, refusal := placement.PoolFor(c.Pools, *job)
+	pool, scope, refusal := placement.PoolFor(c.Pools, *job)
 	if refusal.Refused() { // Match leaves it out, as none of ours
 		return placement.Explanation{Job: id, Age: p.now.Sub(job.CreatedAt), Refusal: refusal}, nil
+	}
+	if said, barred := c.isBarred(place{scope, pool.RunnerGroup()}); barred {
+		return placement.Explanation{Job: id, Pool: pool.Name, Scope: scope, Age: p.now.Sub(job.CreatedAt), Wait: said}, nil
 	}
 	if until := p.failing(pool.Name); p.now.Before(until) {
 		said := fmt.Sprintf("VMs of pool %s failed; the next try is at %s", pool.Name, until.Format(time.TimeOnly))

@@ -61,10 +61,15 @@ func (c *Controller) ended(p *pass, vms []*fleet.VM) []*fleet.Job {
 	return jobs
 }
 
-// poolOf is the pool and scope whose VMs may take the job.
+// poolOf is the pool and scope whose VMs may take the job; none where GitHub refuses
+// runners at present.
 func (c *Controller) poolOf(j *fleet.Job) (fleet.PoolName, fleet.Scope, bool) {
 	pool, scope, refusal := placement.PoolFor(c.Pools, *j)
-	return pool.Name, scope, !refusal.Refused()
+	if refusal.Refused() {
+		return "", "", false
+	}
+	_, barred := c.isBarred(place{scope, pool.RunnerGroup()})
+	return pool.Name, scope, !barred
 }
 
 // claim writes the intent to register a runner in each warm VM that a queued job is

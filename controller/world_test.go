@@ -201,7 +201,8 @@ type registrar struct {
 	lose    bool
 	limited time.Time
 	calls   []string
-	listed  func() // before runners are listed; nil: nothing
+	listed  func()      // before runners are listed; nil: nothing
+	refuses fleet.Scope // where the App is not installed; "": nowhere
 }
 
 var errLost = errors.New("connection reset")
@@ -212,6 +213,9 @@ func (r *registrar) MintRunner(_ context.Context, scope fleet.Scope, name string
 	r.calls = append(r.calls, fmt.Sprintf("register %s at %s", name, scope))
 	if !r.limited.IsZero() {
 		return github.Minted{}, &github.RateLimited{Until: r.limited}
+	}
+	if scope == r.refuses {
+		return github.Minted{}, github.ErrNoInstallation
 	}
 	if _, taken := r.runners[name]; taken {
 		return github.Minted{}, github.ErrNameTaken
