@@ -44,6 +44,7 @@ func strict(cmd *cobra.Command) {
 	})
 	if cmd.HasSubCommands() && !cmd.Runnable() {
 		cmd.Args, cmd.RunE = cobra.ArbitraryArgs, group
+		cmd.Annotations = map[string]string{"group": "yes"}
 	} else if check := cmd.Args; check != nil {
 		cmd.Args = func(cmd *cobra.Command, args []string) error {
 			if err := check(cmd, args); err != nil {

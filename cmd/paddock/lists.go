@@ -14,7 +14,7 @@ import (
 )
 
 func nodesCommand(g *globals) *cobra.Command {
-	cmd := &cobra.Command{Use: "nodes", Aliases: []string{"node-list"}, Short: "The machines that run VMs"}
+	cmd := &cobra.Command{Use: "nodes", Short: "The machines that run VMs"}
 	cmd.AddCommand(&cobra.Command{
 		Use: "list", Short: "List the nodes", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
@@ -43,7 +44,7 @@ the next start to take over.`,
 			return group.Wait()
 		},
 	}
-	addOverlays(cmd)
+	addOverlays(cmd, "listen", "data", "redis", "name", "dir", "slots")
 	return cmd
 }
 
@@ -108,7 +109,7 @@ func controllerCommand(g *globals) *cobra.Command {
 			return control.Run(ctx)
 		},
 	}
-	addOverlays(cmd)
+	addOverlays(cmd, "listen", "data", "redis")
 	return cmd
 }
 
@@ -129,7 +130,7 @@ the next start to take over.`,
 			return runNode(ctx, g, c, stop)
 		},
 	}
-	addOverlays(cmd)
+	addOverlays(cmd, "data", "name", "dir", "slots")
 	var url string
 	join := &cobra.Command{
 		Use: "join TOKEN", Short: "Join a controller with a one-time token; - reads it from standard input", Args: cobra.ExactArgs(1),
@@ -155,33 +156,42 @@ it from standard input.`,
 			return err
 		},
 	}
-	join.Flags().StringVar(&url, "controller", "", "the controller's URL as seen from here, if the token's is another")
-	addOverlays(join)
+	join.Flags().StringVar(&url, "controller", "", "the controller's `URL` as seen from here, if the token's is another")
+	addOverlays(join, "data", "name", "dir")
 	cmd.AddCommand(join)
 	return cmd
 }
 
-// addOverlays adds the flags that overlay the configuration.
-func addOverlays(cmd *cobra.Command) {
-	flags := cmd.Flags()
-	flags.String("listen", "", "overlays listen")
-	flags.String("data", "", "overlays data")
-	flags.String("redis", "", "overlays redis (prefer PADDOCK_REDIS if it has a password)")
-	flags.String("name", "", "overlays node.name")
-	flags.String("dir", "", "overlays node.dir")
-	flags.Int("slots", 0, "overlays node.slots")
+// overlays are the flags that overlay the configuration, each by the variable that does
+// the same.
+var overlays = []struct{ flag, variable, usage string }{
+	{"listen", "PADDOCK_LISTEN", "where the controller listens, `host:port` (key listen)"},
+	{"data", "PADDOCK_DATA", "`directory` of ledger, fleet key and embedded store (key data)"},
+	{"redis", "PADDOCK_REDIS", "`URL` of Redis (key redis; prefer PADDOCK_REDIS if it has a password)"},
+	{"name", "PADDOCK_NODE_NAME", "the node's `name` (key node.name)"},
+	{"dir", "PADDOCK_NODE_DIR", "`directory` of images, clones and journal (key node.dir)"},
+	{"slots", "PADDOCK_NODE_SLOTS", "`number` of VMs at once (key node.slots)"},
 }
 
-// loadFor reads the configuration with the command's flags as the last overlay: they
-// become the variables of the same name.
+// addOverlays adds the named ones.
+func addOverlays(cmd *cobra.Command, flags ...string) {
+	for _, o := range overlays {
+		switch {
+		case !slices.Contains(flags, o.flag):
+		case o.flag == "slots":
+			cmd.Flags().Int(o.flag, 0, o.usage)
+		default:
+			cmd.Flags().String(o.flag, "", o.usage)
+		}
+	}
+}
+
+// loadFor reads the configuration with the command's flags as the last overlay.
 func (g *globals) loadFor(cmd *cobra.Command) (*config.Config, error) {
 	environ := os.Environ()
-	for flag, variable := range map[string]string{
-		"listen": "PADDOCK_LISTEN", "data": "PADDOCK_DATA", "redis": "PADDOCK_REDIS",
-		"name": "PADDOCK_NODE_NAME", "dir": "PADDOCK_NODE_DIR", "slots": "PADDOCK_NODE_SLOTS",
-	} {
-		if f := cmd.Flags().Lookup(flag); f != nil && f.Changed {
-			environ = append(environ, variable+"="+f.Value.String())
+	for _, o := range overlays {
+		if f := cmd.Flags().Lookup(o.flag); f != nil && f.Changed {
+			environ = append(environ, o.variable+"="+f.Value.String())
 		}
 	}
 	return config.Load(g.file(), environ)
