@@ -154,10 +154,10 @@ func (s *Server) routes() *gin.Engine {
 	}
 	engine.GET(api.RouteMetrics, gin.WrapH(promhttp.HandlerFor(s.c.Metrics, promhttp.HandlerOpts{})))
 	engine.NoRoute(func(c *gin.Context) {
-		s.refuse(c, "none", refusal(http.StatusNotFound, "no such path", "the interface is below /v1; its paths are in api/routes.go"))
+		s.refuse(c, "none", refusal(http.StatusNotFound, "no such path", "the interface is below /v1; docs/api.md lists its paths"))
 	})
 	engine.NoMethod(func(c *gin.Context) {
-		s.refuse(c, "none", refusal(http.StatusMethodNotAllowed, "this path does not take a "+c.Request.Method, "the interface is the file api/routes.go"))
+		s.refuse(c, "none", refusal(http.StatusMethodNotAllowed, "this path does not take a "+c.Request.Method, "docs/api.md lists what there is"))
 	})
 	return engine
 }
