@@ -1,6 +1,7 @@
 package node
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"regexp"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
@@ -214,16 +216,28 @@ func syncDir(dir string) error {
 	return d.Sync()
 }
 
+// lockTime is how long a lock is waited for: an agent that was killed in the middle of
+// starting a helper leaves it locked until that helper's program is loaded.
+const lockTime = 2 * time.Second
+
 // lock takes an advisory lock that ends with the process, however it ends. The file
-// is not inherited by children, so a helper process does not hold it.
-func lock(path string) (unlock func(), err error) {
+// is not inherited by children's programs, so a helper process does not hold it.
+func lock(ctx context.Context, path string) (unlock func(), err error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("locking the agent's directory: %w", err)
 	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		_ = f.Close()
-		return nil, fmt.Errorf("%s is locked (%w): is another agent running with this directory? stop it first, or give this one a directory of its own", path, err)
+	ctx, cancel := context.WithTimeout(ctx, lockTime)
+	defer cancel()
+	for {
+		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if err == nil {
+			return func() { _ = f.Close() }, nil
+		}
+		if ctx.Err() != nil {
+			_ = f.Close()
+			return nil, fmt.Errorf("%s is locked (%w): is another agent running with this directory? stop it first, or give this one a directory of its own", path, err)
+		}
+		pause(ctx, lockTime/40)
 	}
-	return func() { _ = f.Close() }, nil
 }

@@ -183,7 +183,7 @@ func withDefaults(c Config) Config {
 // Run runs the agent until ctx ends, once. It returns an error only if it cannot
 // begin: another agent has the directory, or the journal cannot be read.
 func (a *Agent) Run(ctx context.Context) error {
-	unlock, err := lock(filepath.Join(a.c.Dir, "lock"))
+	unlock, err := lock(ctx, filepath.Join(a.c.Dir, "lock"))
 	if err != nil {
 		return err
 	}

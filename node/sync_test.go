@@ -285,18 +285,27 @@ func TestNew(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	unlock, err := lock(filepath.Join(s.dir, "lock"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	a, err := New(good)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := a.Run(t.Context()); err == nil || !strings.Contains(err.Error(), "another agent") {
-		t.Errorf("a second agent in one directory: %v", err)
-	}
-	unlock()
+}
+
+// TestLock: a second agent in one directory does not begin; one whose predecessor takes
+// a moment to be gone does.
+func TestLock(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *stand) {
+		unlock, err := lock(t.Context(), filepath.Join(s.dir, "lock"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		a, err := New(Config{ID: "mac-1", Dir: s.dir, Machines: s.yard, Images: s.shelf, Sync: s.office.Sync})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := a.Run(t.Context()); err == nil || !strings.Contains(err.Error(), "another agent") {
+			t.Errorf("a second agent in one directory: %v", err)
+		}
+		time.AfterFunc(lockTime/2, unlock)
+		s.agent(t)
+		s.office.await(t, "a report", func() bool { return s.office.calls > 0 })
+	})
 }
 
 // TestNoSecretOnDisk: the JIT config is in no file of the node while a runner runs.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -89,7 +90,11 @@ func agentMain(dir, url string) error {
 }
 
 func realAgent(dir, url string, fetcher cache.Fetcher, log *slog.Logger) (*Agent, *cache.Store, error) {
-	store, err := cache.Open(cache.Config{Dir: filepath.Join(dir, "images"), Fetcher: fetcher})
+	config := cache.Config{Dir: filepath.Join(dir, "images"), Fetcher: fetcher}
+	store, err := cache.Open(config)
+	for late := time.Now().Add(lockTime); errors.Is(err, cache.ErrInUse) && time.Now().Before(late); {
+		store, err = cache.Open(config) // see lockTime
+	}
 	if err != nil {
 		return nil, nil, err
 	}
@@ -300,7 +305,7 @@ func (m *mac) child(t *testing.T) *child {
 func (c *child) kill(t *testing.T) {
 	t.Helper()
 	if err := c.cmd.Process.Kill(); err != nil {
-		t.Fatal(err)
+		t.Fatalf("%v, and the agent had ended by itself: %v", err, <-c.exited)
 	}
 	if err := <-c.exited; err == nil {
 		t.Error("killed, but it ended well")
@@ -323,7 +328,7 @@ func TestKilledWithARunningJob(t *testing.T) {
 	m := newMac(t)
 	m.prepare(t)
 	end := filepath.Join(m.dir, "end")
-	m.office.start["aaaaaaaa"] = runnerOrder("aaaaaaaa")
+	m.office.order(func() { m.office.start["aaaaaaaa"] = runnerOrder("aaaaaaaa") })
 	m.office.place(m.order("aaaaaaaa", `until test -e `+end+`; do sleep 0.02; done; exit 0`))
 	first := m.child(t)
 	m.office.awaitState(t, "aaaaaaaa", fleet.VMBusy)
@@ -356,8 +361,8 @@ func TestKilledAnywhere(t *testing.T) {
 	const vms = 8
 	for i := range vms {
 		id := fleet.VMID(fmt.Sprintf("vm%06d", i))
-		m.office.start[id] = runnerOrder(id)
-		m.office.run[id] = m.order(id, `sleep 0.1; exit 0`)
+		m.office.order(func() { m.office.start[id] = runnerOrder(id) })
+		m.office.place(m.order(id, `sleep 0.1; exit 0`))
 	}
 	const kills = 25
 	for range kills {
@@ -371,7 +376,10 @@ func TestKilledAnywhere(t *testing.T) {
 	m.office.await(t, "all VMs leave the journal", func() bool { return len(m.office.gone) == vms && m.office.last.Session != killed })
 	last.stop(t)
 	good := 0
-	for id, r := range m.office.reports {
+	m.office.mu.Lock()
+	reports := maps.Clone(m.office.reports)
+	m.office.mu.Unlock()
+	for id, r := range reports {
 		switch n := m.runs(id); {
 		case n > 1:
 			t.Errorf("VM %s ran its runner %d times: %+v", id, n, r)
