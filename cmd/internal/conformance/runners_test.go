@@ -5,6 +5,8 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -331,17 +333,26 @@ func TestGhostRunner(t *testing.T) {
 	}
 }
 
-// The controller stops with a parked sync of a node and webhooks behind it; its address
-// is taken over by the next one, on the same data, while jobs run: adopted, none lost,
-// none twice.
+// The controller stops while jobs run, and the next one starts at its address: on the same
+// data, or with its store lost as by FLUSHALL, so that jobs come back from GitHub's log and
+// VMs from the node. Adopted, none lost, none twice.
 func TestControllerRestarted(t *testing.T) {
-	h := open(t, plan{slots: 3})
-	ids := h.run("acme/app", githubtest.JobSpec{Name: "build", Labels: mac, Seconds: 1, Matrix: 6})
-	h.waitJob(ids[0], fleet.JobInProgress)
-	h.control.end(t)
-	h.startControl(nil)
-	h.succeeded(ids...)
-	h.empty()
+	for name, lost := range map[string]bool{"same data": false, "store lost": true} {
+		t.Run(name, func(t *testing.T) {
+			h := open(t, plan{slots: 3, sweep: 200 * time.Millisecond})
+			ids := h.run("acme/app", githubtest.JobSpec{Name: "build", Labels: mac, Seconds: 1, Matrix: 6})
+			h.waitJob(ids[0], fleet.JobInProgress)
+			h.control.end(t)
+			if lost {
+				if err := os.RemoveAll(filepath.Join(h.dir, "data", "store")); err != nil {
+					t.Fatal(err)
+				}
+			}
+			h.startControl(nil)
+			h.succeeded(ids...)
+			h.empty()
+		})
+	}
 }
 
 // `paddock up` is upgraded: controller and node stop together and start again, the VMs

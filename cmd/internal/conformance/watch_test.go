@@ -205,15 +205,18 @@ func (h *house) empty() {
 	}
 }
 
-// machines lists the processes that work below dir: helpers, guests and runners do.
+// machines lists the processes that work below dir, guests and runners, and those that
+// write there what goes wrong, helpers: by their directories in /proc, with their argv.
 func machines(dir string) map[string]string {
 	found := map[string]string{}
 	all, _ := filepath.Glob("/proc/[0-9]*")
 	for _, p := range all {
-		cwd, err := os.Readlink(filepath.Join(p, "cwd"))
-		if err == nil && strings.HasPrefix(cwd, dir+"/") {
-			command, _ := os.ReadFile(filepath.Join(p, "cmdline"))
-			found[p] = strings.ReplaceAll(string(command), "\x00", " ")
+		for _, link := range []string{"cwd", "fd/2"} {
+			at, err := os.Readlink(filepath.Join(p, link))
+			if err == nil && strings.HasPrefix(at, dir+"/") {
+				command, _ := os.ReadFile(filepath.Join(p, "cmdline"))
+				found[p] = strings.ReplaceAll(string(command), "\x00", " ")
+			}
 		}
 	}
 	return found
@@ -233,4 +236,10 @@ func (h *house) admin() *api.Client {
 		h.t.Fatal(err)
 	}
 	return client
+}
+
+// file reads a file of the house.
+func (h *house) file(name string) (string, error) {
+	text, err := os.ReadFile(filepath.Join(h.dir, name))
+	return string(text), err
 }
