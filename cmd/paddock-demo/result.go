@@ -104,8 +104,8 @@ func (d *demo) inspect(r *result) {
 	r.P50, r.P95 = quantile(delays, 0.50), quantile(delays, 0.95)
 }
 
-// processesUnder lists processes other than this one that name dir in their arguments,
-// environment's working directory or open working directory: helpers and guests do.
+// processesUnder lists processes other than this one that name dir in their arguments or
+// work there, as guests and runners do, or write their errors there, as helpers do.
 func processesUnder(dir string) []string {
 	var found []string
 	entries, _ := filepath.Glob("/proc/[0-9]*")
@@ -115,7 +115,8 @@ func processesUnder(dir string) []string {
 		}
 		cmdline, _ := os.ReadFile(filepath.Join(p, "cmdline"))
 		cwd, _ := os.Readlink(filepath.Join(p, "cwd"))
-		if strings.Contains(string(cmdline), dir) || strings.HasPrefix(cwd, dir) {
+		stderr, _ := os.Readlink(filepath.Join(p, "fd/2"))
+		if strings.Contains(string(cmdline), dir) || strings.HasPrefix(cwd, dir) || strings.HasPrefix(stderr, dir+"/") {
 			found = append(found, p)
 		}
 	}

@@ -327,14 +327,17 @@ func (tw *town) cleanHouse() {
 	})
 }
 
-// machines lists the processes of this town's VMs: those that work in its directory.
+// machines lists the processes of this town's VMs: guests and runners work in its
+// directory, helpers write there what goes wrong.
 func (tw *town) machines() []string {
 	var found []string
 	all, _ := filepath.Glob("/proc/[0-9]*")
 	for _, p := range all {
-		cwd, err := os.Readlink(filepath.Join(p, "cwd"))
-		if err == nil && strings.HasPrefix(cwd, tw.dir+"/") {
-			command, _ := os.ReadFile(filepath.Join(p, "cmdline"))
+		cwd, _ := os.Readlink(filepath.Join(p, "cwd"))
+		stderr, _ := os.Readlink(filepath.Join(p, "fd/2"))
+		command, _ := os.ReadFile(filepath.Join(p, "cmdline"))
+		helper := strings.HasPrefix(stderr, tw.dir+"/") && strings.Contains(string(command), parts.HelperRole)
+		if helper || strings.HasPrefix(cwd, tw.dir+"/") {
 			found = append(found, strings.ReplaceAll(string(command), "\x00", " "))
 		}
 	}
