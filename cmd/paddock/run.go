@@ -11,7 +11,6 @@ import (
 
 	"github.com/paddock-ci/paddock/cmd/internal/config"
 	"github.com/paddock-ci/paddock/cmd/internal/parts"
-	"github.com/paddock-ci/paddock/fleet"
 )
 
 func upCommand(g *globals) *cobra.Command {
@@ -50,17 +49,12 @@ the next start to take over.`,
 
 // runOwnNode joins this machine to the controller in the same process and runs it.
 func runOwnNode(ctx context.Context, g *globals, c *config.Config, control *parts.Control, stop *stopped) error {
-	if !parts.Joined(c.Node) {
-		token, err := control.JoinToken(ctx, fleet.NodeID(c.Node.Name))
-		if err == nil {
-			err = parts.Join(ctx, c.Node, token, control.URL())
-		}
-		if ctx.Err() != nil {
-			return nil // asked to stop meanwhile
-		}
-		if err != nil {
-			return fmt.Errorf("join this machine: %w", err)
-		}
+	err := control.JoinOwn(ctx, c.Node)
+	if ctx.Err() != nil {
+		return nil // asked to stop meanwhile
+	}
+	if err != nil {
+		return fmt.Errorf("join this machine: %w", err)
 	}
 	return runNode(ctx, g, c, stop)
 }

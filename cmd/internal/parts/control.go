@@ -63,7 +63,8 @@ type Control struct {
 	c        ControlConfig
 	key      access.Key
 	hash     string // of the certificate
-	url      string
+	url      string // as nodes elsewhere reach it
+	local    string // URL as this host reaches it
 	listener net.Listener
 
 	store      *store.Store
@@ -116,6 +117,7 @@ func (c *Control) Open(ctx context.Context) (err error) {
 	if _, port, _ := net.SplitHostPort(cfg.Listen); port == "0" || c.url == "" {
 		c.url = "https://" + c.listener.Addr().String()
 	}
+	c.local = localURL(c.listener.Addr())
 	if c.store, err = c.openStore(ctx); err != nil {
 		return err
 	}
@@ -186,7 +188,7 @@ func (c *Control) build() (handler http.Handler, drain func(), err error) {
 	}
 	nodes, err := server.New(server.Config{
 		Store: c.store, Key: c.key, Pools: cfg.FleetPools, Fleet: cfg.Fleet, Explain: c.controller.Explain,
-		SelfURL: c.url, Certificate: c.hash, Metrics: metrics, Log: c.c.Log,
+		SelfURL: c.url, Certificate: c.pinned(), Metrics: metrics, Log: c.c.Log,
 	})
 	if err != nil {
 		return nil, nil, err
@@ -258,6 +260,24 @@ func (c *Control) Run(ctx context.Context) error {
 // Store is what the demo follows its jobs in.
 func (c *Control) Store() *store.Store { return c.store }
 
+// pinned is the hash that join tokens carry: of the self-made certificate, which is good
+// for ten years. A configured one is renewed by its authority, which nodes trust instead.
+func (c *Control) pinned() string {
+	if c.c.Config.TLS.Cert != "" {
+		return ""
+	}
+	return c.hash
+}
+
+// localURL is a listener's address as this host dials it.
+func localURL(at net.Addr) string {
+	tcp, ok := at.(*net.TCPAddr)
+	if !ok || !tcp.IP.IsUnspecified() {
+		return "https://" + at.String()
+	}
+	return fmt.Sprintf("https://127.0.0.1:%d", tcp.Port)
+}
+
 // URL is how nodes reach this controller.
 func (c *Control) URL() string { return c.url }
 
@@ -267,7 +287,7 @@ func (c *Control) Client(role access.Role) (*api.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	return api.New(api.Config{URL: c.url, Token: string(token), CertificateHash: c.hash})
+	return Endpoint{URL: c.local, Certificate: c.hash, Token: string(token)}.Client()
 }
 
 func (c *Control) token(role access.Role, life time.Duration) (access.Token, error) {
@@ -285,6 +305,32 @@ func (c *Control) JoinToken(ctx context.Context, node fleet.NodeID) (string, err
 	return reply.Token, err
 }
 
+// JoinOwn makes n a node of this controller, which runs in the same process, or tells the
+// node that it is one where the controller is now: its port or certificate may be others
+// than at the last start. The node dials this host itself, whatever the URL for others is.
+func (c *Control) JoinOwn(ctx context.Context, n config.Node) error {
+	here := Endpoint{URL: c.local, Certificate: c.hash}
+	path := filepath.Join(n.Dir, credentialFile)
+	verifier, err := c.key.Verifier()
+	if err != nil {
+		return err
+	}
+	known, err := ReadEndpoint(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("read the node's credential: %w", err)
+	}
+	// One of another fleet, of another name, or one that has run out is replaced.
+	if who, err := verifier.Verify(known.Token, time.Now(), nil); err == nil && who.Subject == n.Name {
+		here.Token = known.Token
+		return writeFile(path, here)
+	}
+	token, err := c.JoinToken(ctx, fleet.NodeID(n.Name))
+	if err != nil {
+		return err
+	}
+	return join(ctx, n, token, here)
+}
+
 // leaveTokenForCLI writes what the command line on this host needs; whoever can read
 // the data directory is the fleet's admin anyway, since the fleet key is in it.
 func (c *Control) leaveTokenForCLI() error {
@@ -292,7 +338,7 @@ func (c *Control) leaveTokenForCLI() error {
 	if err != nil {
 		return err
 	}
-	return writeFile(filepath.Join(c.c.Config.Data, CLIFile), Endpoint{URL: c.url, Certificate: c.hash, Token: string(token)})
+	return writeFile(filepath.Join(c.c.Config.Data, CLIFile), Endpoint{URL: c.local, Certificate: c.hash, Token: string(token)})
 }
 
 // CLIFile is the file in the data directory that the command line reads.

@@ -1,6 +1,7 @@
 package parts
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,7 +13,6 @@ import (
 	"strings"
 
 	"github.com/paddock-ci/paddock/access"
-	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/cache/registry"
 	"github.com/paddock-ci/paddock/cmd/internal/config"
@@ -36,20 +36,23 @@ const credentialFile = "credential.json"
 // directory. The token says where the controller is and which certificate it shows;
 // url overrides the former, for a controller that is reached by another name from here.
 func Join(ctx context.Context, c config.Node, token, url string) error {
-	join, err := access.ReadJoin(token)
+	return join(ctx, c, token, Endpoint{URL: url})
+}
+
+// join is Join at an address and with a certificate; what at leaves empty the token says.
+func join(ctx context.Context, c config.Node, token string, at Endpoint) error {
+	said, err := access.ReadJoin(token)
 	if errors.Is(err, access.ErrMalformed) {
 		return fmt.Errorf("this is no join token (hint: one begins with pdkjoin_ and is one line; on the controller: paddock token create --node %s)", c.Name)
 	}
 	if err != nil {
 		return fmt.Errorf("read the join token: %w", err)
 	}
-	if join.Node != fleet.NodeID(c.Name) {
-		return fmt.Errorf("the token is for node %q, this one is %q (hint: set node.name, or make a token for this name: paddock token create --node %s)", join.Node, c.Name, c.Name)
+	if said.Node != fleet.NodeID(c.Name) {
+		return fmt.Errorf("the token is for node %q, this one is %q (hint: set node.name, or make a token for this name: paddock token create --node %s)", said.Node, c.Name, c.Name)
 	}
-	if url == "" {
-		url = join.URL
-	}
-	client, err := api.New(api.Config{URL: url, CertificateHash: join.Certificate})
+	at.URL, at.Certificate = cmp.Or(at.URL, said.URL), cmp.Or(at.Certificate, said.Certificate)
+	client, err := at.Client()
 	if err != nil {
 		return err
 	}
@@ -60,13 +63,8 @@ func Join(ctx context.Context, c config.Node, token, url string) error {
 	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
 		return fmt.Errorf("make the node's directory: %w", err)
 	}
-	return writeFile(filepath.Join(c.Dir, credentialFile), Endpoint{URL: url, Certificate: join.Certificate, Token: reply.Credential})
-}
-
-// Joined tells whether the node has a credential.
-func Joined(c config.Node) bool {
-	_, err := os.Stat(filepath.Join(c.Dir, credentialFile))
-	return err == nil
+	at.Token = reply.Credential
+	return writeFile(filepath.Join(c.Dir, credentialFile), at)
 }
 
 // NodeConfig of a node. Node and Self are required.
