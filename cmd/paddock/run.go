@@ -17,7 +17,7 @@ func upCommand(g *globals) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "up", Short: "Run controller and node in one process, on the embedded store", Args: cobra.NoArgs,
 		Long: `Run controller and node in one process. Without redis in the configuration the store is
-embedded, and there is nothing else to install. This machine joins by itself at the first start.
+embedded, and there is nothing else to install. This machine joins by itself.
 
 Ctrl-C tears its VMs down; SIGTERM, which service managers send, leaves them running for
 the next start to take over.`,
