@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/paddock-ci/paddock/access"
 	"github.com/paddock-ci/paddock/cache"
@@ -111,7 +112,7 @@ func NewNode(c NodeConfig) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	images, err := cache.Open(cache.Config{Dir: filepath.Join(c.Node.Dir, "images"), Fetcher: fetcher, Streams: c.Node.Streams, Log: c.Log})
+	images, err := openImages(cache.Config{Dir: filepath.Join(c.Node.Dir, "images"), Fetcher: fetcher, Streams: c.Node.Streams, Log: c.Log})
 	if err != nil {
 		return nil, err
 	}
@@ -128,6 +129,17 @@ func NewNode(c NodeConfig) (*Node, error) {
 		return nil, errors.Join(err, images.Close())
 	}
 	return &Node{agent: agent, images: images}, nil
+}
+
+// openImages waits up to two seconds for the store's lock: an agent that was killed
+// between fork and exec of a helper leaves it held for that moment.
+func openImages(c cache.Config) (*cache.Store, error) {
+	for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		images, err := cache.Open(c)
+		if !errors.Is(err, cache.ErrInUse) || time.Now().After(deadline) {
+			return images, err
+		}
+	}
 }
 
 // Run runs the agent until ctx ends.
