@@ -80,7 +80,8 @@ func TestCancelledAndNotNeeded(t *testing.T) {
 // Cancelled while it runs: the runner stops it and says so, and all is taken down.
 func TestCancelledWhileRunning(t *testing.T) {
 	h := open(t, plan{})
-	id := h.run("acme/app", githubtest.JobSpec{Name: "build", Labels: mac, Seconds: 120})[0]
+	// By exec, so that the step ends with its shell and not 10 s after it.
+	id := h.run("acme/app", githubtest.JobSpec{Name: "build", Labels: mac, Steps: []string{"exec sleep 120"}})[0]
 	h.waitJob(id, fleet.JobInProgress)
 	h.cancel(id)
 	if job := h.waitJob(id, fleet.JobCompleted); job.Conclusion != "cancelled" || job.Starts != 1 {
