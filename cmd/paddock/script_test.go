@@ -27,7 +27,8 @@ var update = flag.Bool("update", false, "write what was found as what is wanted"
 //
 //	town SLOTS [NODE…]            a controller on Redis, the simulated GitHub, and nodes that joined
 //	join NODE [FILE]              makes a join token, into the file or used at once
-//	queue N SECONDS LABELS [gate] queues jobs; $JOB1, $JOB2 … are their ids
+//	queue N SECONDS LABELS [gate] queues jobs; $JOB1, $JOB2 … are their ids. Instead of
+//	                              seconds a name: they run until there is $TOWN/NAME
 //	until PATTERN ARGS…           repeats paddock ARGS until its output matches
 //	plain ARGS…                   runs paddock ARGS, and writes the output to the file plain
 //	                              with everything that differs from run to run replaced
@@ -87,9 +88,10 @@ func (s *session) join(ts *testscript.TestScript, neg bool, args []string) {
 func (s *session) queue(ts *testscript.TestScript, neg bool, args []string) {
 	n, err := strconv.Atoi(args[0])
 	ts.Check(err)
-	seconds, err := strconv.ParseFloat(args[1], 64)
-	ts.Check(err)
-	job := githubtest.JobSpec{Name: "build", Labels: strings.Split(args[2], ","), Steps: []string{"echo hello"}, Seconds: seconds, Matrix: n}
+	job := githubtest.JobSpec{Name: "build", Labels: strings.Split(args[2], ","), Steps: []string{"echo hello"}, Matrix: n}
+	if job.Seconds, err = strconv.ParseFloat(args[1], 64); err != nil {
+		job.Steps = append(job.Steps, "until [ -e "+filepath.Join(s.town.dir, args[1])+" ]; do sleep 0.1; done")
+	}
 	if len(args) > 3 {
 		job.Environment = args[3]
 	}
@@ -123,17 +125,17 @@ func (s *session) until(ts *testscript.TestScript, neg bool, args []string) {
 	})
 }
 
-// repeat repeats a check for half a minute, which is long for all that scripts wait for.
+// repeat repeats a check for a minute, which is long for all that scripts wait for.
 func (s *session) repeat(ts *testscript.TestScript, check func() error) {
 	again := time.NewTicker(50 * time.Millisecond)
 	defer again.Stop()
-	for deadline := time.Now().Add(30 * time.Second); ; <-again.C {
+	for deadline := time.Now().Add(time.Minute); ; <-again.C {
 		err := check()
 		if err == nil {
 			return
 		}
 		if time.Now().After(deadline) {
-			ts.Fatalf("not within 30 s: %v", err)
+			ts.Fatalf("not within a minute: %v", err)
 		}
 	}
 }
