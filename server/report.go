@@ -73,6 +73,7 @@ type report struct {
 	fleet string
 	now   time.Time
 	boot  func(fleet.PoolName) time.Duration // a pool's boot deadline
+	ours  func(fleet.Scope) bool             // some pool registers runners there
 
 	txn   store.Txn
 	moves []move
@@ -165,7 +166,10 @@ func (r *report) vm(v *api.VMReport) error {
 	}
 	vm, changed := *record, false
 	if v.Runner != nil {
-		changed = r.acknowledge(&vm, v.Runner)
+		var err error
+		if changed, err = r.acknowledge(&vm, v.Runner); err != nil {
+			return err
+		}
 	}
 	if vm.Retire == fleet.RetireLose && v.State != fleet.VMDone {
 		vm.Retire, vm.Reason, changed = fleet.RetireNone, "", true
@@ -188,19 +192,25 @@ func (r *report) checkRunner(v *api.VMReport) error {
 
 // unknown makes a record again after the store was emptied: the VM runs, and only what
 // is present acts. One that is done needs no record.
+//
+// A node's word for which job it was is not taken: it would keep that job from
+// everybody else. By pool, scope and labels the VM counts for one queued job anyway, so
+// none is served twice, until GitHub names the runner of each.
 func (r *report) unknown(v *api.VMReport) error {
 	if v.State == fleet.VMDone {
 		return nil
 	}
 	vm := fleet.VM{
-		ID: v.ID, Node: r.node, Pool: v.Order.Pool, Image: v.Order.Image, Job: v.Order.Job,
+		ID: v.ID, Node: r.node, Pool: v.Order.Pool, Image: v.Order.Image,
 		State: fleet.VMPlaced, PlacedAt: v.Order.PlacedAt,
 	}
 	if vm.PlacedAt.IsZero() || vm.PlacedAt.After(r.now) {
 		vm.PlacedAt = r.now
 	}
 	if v.Runner != nil {
-		r.acknowledge(&vm, v.Runner)
+		if _, err := r.acknowledge(&vm, v.Runner); err != nil {
+			return err
+		}
 	}
 	r.event("vm.recovered", &vm, fmt.Sprintf("VM %s was not in the store; its node has it", vm.ID))
 	return r.advance(vm, v, true)
@@ -208,27 +218,29 @@ func (r *report) unknown(v *api.VMReport) error {
 
 // acknowledge takes down that the node has the runner's JIT config: from now on it is
 // in nobody's hands but the guest's. A claim that the store does not have (it was
-// emptied, or restored from before) is learned from the node.
-func (r *report) acknowledge(vm *fleet.VM, k *api.RunnerReport) bool {
+// emptied, or restored from before) is learned from the node, but never a runner's
+// number: the leader deletes at GitHub what a claim names, and any number would do. It
+// finds the runner by its name, which checkRunner has held to this VM and fleet.
+func (r *report) acknowledge(vm *fleet.VM, k *api.RunnerReport) (changed bool, err error) {
 	var claim fleet.Claim
 	switch {
-	case vm.Claim == nil || (vm.Claim.Runner != k.Name && k.Attempt > vm.Attempt):
-		claim = fleet.Claim{Scope: k.Scope, Group: k.Group, Labels: fleet.NewLabels(k.Labels...), Runner: k.Name, RunnerID: k.RunnerID, At: r.now}
-		vm.Attempt = max(vm.Attempt, k.Attempt)
-		if k.Job != 0 {
-			vm.Job = k.Job
+	case k.Attempt > vm.Attempt:
+		if !r.ours(k.Scope) {
+			return false, refusal(http.StatusForbidden, fmt.Sprintf("runner %q is at %q, where no pool has runners", k.Name, cut(string(k.Scope))),
+				"if the pool was taken out of the configuration, this ends with the VM; else compare the node's fleet")
 		}
+		claim = fleet.Claim{Scope: k.Scope, Group: k.Group, Labels: fleet.NewLabels(k.Labels...), Runner: k.Name, At: r.now}
+		vm.Attempt = k.Attempt
+	case vm.Claim == nil: // the leader has had GitHub delete it
+		return false, nil
 	case vm.Claim.Runner != k.Name || (vm.Claim.Started && vm.Claim.Sealed == ""):
-		return false
+		return false, nil
 	default:
 		claim = *vm.Claim
 	}
-	if claim.RunnerID == 0 {
-		claim.RunnerID = k.RunnerID
-	}
 	claim.Started, claim.Sealed = true, ""
 	vm.Claim = &claim
-	return true
+	return true, nil
 }
 
 // advance walks the VM to where the node says it is.

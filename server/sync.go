@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/paddock-ci/paddock/access"
@@ -65,7 +66,7 @@ func (s *Server) take(ctx context.Context, node fleet.NodeID, q *api.SyncRequest
 		if err != nil {
 			return nil, err
 		}
-		r := report{view: view, node: node, fleet: s.c.Fleet, now: now, boot: s.bootDeadline}
+		r := report{view: view, node: node, fleet: s.c.Fleet, now: now, boot: s.bootDeadline, ours: s.hasScope}
 		if err := r.apply(q, cordoned); err != nil {
 			return nil, err
 		}
@@ -250,4 +251,9 @@ func (s *Server) bootDeadline(name fleet.PoolName) time.Duration {
 		}
 	}
 	return fleet.Deadlines{}.WithDefaults().Boot
+}
+
+// hasScope reports whether a pool registers runners in the scope.
+func (s *Server) hasScope(scope fleet.Scope) bool {
+	return slices.ContainsFunc(s.c.Pools(), func(p fleet.Pool) bool { return slices.Contains(p.Scopes, scope) })
 }

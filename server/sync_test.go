@@ -206,8 +206,8 @@ func TestDestroyOrders(t *testing.T) {
 	}
 }
 
-// After the store was emptied, the first report brings the VMs back, runner and all,
-// and destroys nothing.
+// After the store was emptied, the first report brings the VMs back, claim and all, and
+// destroys nothing. Which job and which number at GitHub a runner has, GitHub says.
 func TestEmptiedStore(t *testing.T) {
 	h := newHouse(t)
 	m := h.mac("mac1")
@@ -220,8 +220,8 @@ func TestEmptiedStore(t *testing.T) {
 		t.Fatalf("orders about VMs that only the node knew: %+v", reply)
 	}
 	want := fleet.VM{
-		ID: "vmaaaaaa", Node: "mac1", Pool: "small", Image: digest, State: fleet.VMBusy, Job: 7, Attempt: 1,
-		Claim:    &fleet.Claim{Scope: "acme", Group: 1, Labels: pool.Labels, Runner: "paddock-f-vmaaaaaa-1", RunnerID: 42, At: h.now, Started: true},
+		ID: "vmaaaaaa", Node: "mac1", Pool: "small", Image: digest, State: fleet.VMBusy, Attempt: 1,
+		Claim:    &fleet.Claim{Scope: "acme", Group: 1, Labels: pool.Labels, Runner: "paddock-f-vmaaaaaa-1", At: h.now, Started: true},
 		PlacedAt: h.now.Add(-5 * time.Minute), BootingAt: h.now.Add(-3 * time.Minute), WarmAt: h.now.Add(-3 * time.Minute),
 		RegisteredAt: h.now.Add(-2 * time.Minute), BusyAt: h.now.Add(-time.Minute),
 	}
@@ -250,6 +250,67 @@ func TestForgottenClaim(t *testing.T) {
 	vm := h.vm("vmaaaaaa")
 	if vm.Claim == nil || vm.Claim.Runner != "paddock-f-vmaaaaaa-1" || vm.Attempt != 1 || vm.State != fleet.VMRegistered {
 		t.Errorf("%+v", vm)
+	}
+	// Once GitHub has deleted the runner, the leader takes the claim back; that the node
+	// still tells of it, until it has destroyed the VM, brings it not back, even if the
+	// pool is gone meanwhile.
+	h.change("vmaaaaaa", func(vm *fleet.VM) { vm.Claim, vm.Destroy = nil, true })
+	late := ran(m.is("vmaaaaaa", fleet.VMRegistered))
+	late.Runner.Scope = "gone"
+	if reply := m.say(late); len(reply.Destroy) != 1 {
+		t.Errorf("%+v", reply)
+	}
+	if vm := h.vm("vmaaaaaa"); vm.Claim != nil {
+		t.Errorf("learned anew: %+v", vm.Claim)
+	}
+}
+
+// A node's credential must not reach runners that are not the node's: the leader deletes
+// at GitHub what a claim names.
+func TestAnyRunnerDeletedByANodesWord(t *testing.T) {
+	h := newHouse(t)
+	m := h.mac("mac1")
+	foreign := ran(m.is("evilevil", fleet.VMRegistered))
+	foreign.Runner.RunnerID, foreign.Runner.Scope = 777, "some-other-org/prod"
+	m.vms = []api.VMReport{foreign}
+	if _, err := m.try(0); status(t, err) != http.StatusForbidden {
+		t.Errorf("a scope of no pool: %v, want a 403", err)
+	}
+	if vm := h.view().VMs["evilevil"]; vm != nil {
+		t.Errorf("a refused report left %+v", vm)
+	}
+	foreign.Runner.Scope = "acme"
+	m.say(foreign)
+	if vm := h.vm("evilevil"); vm.Claim == nil || vm.Claim.RunnerID != 0 {
+		t.Errorf("the number at GitHub was taken from the node: %+v", vm.Claim)
+	}
+	// Nor for a VM that the leader has placed and not yet claimed, or claimed without
+	// having written down GitHub's answer.
+	h.place("vmaaaaaa", "mac1")
+	h.place("vmbbbbbb", "mac1")
+	h.change("vmbbbbbb", func(vm *fleet.VM) {
+		vm.Attempt, vm.Claim = 1, &fleet.Claim{Scope: "acme", Runner: fleet.RunnerName("f", vm.ID, 1), At: h.now}
+	})
+	for _, id := range []fleet.VMID{"vmaaaaaa", "vmbbbbbb"} {
+		v := ran(m.is(id, fleet.VMRegistered))
+		v.Runner.RunnerID, v.Runner.Job = 777, 99
+		m.say(v, foreign)
+		if vm := h.vm(id); vm.Claim.RunnerID != 0 || vm.Job != 7 {
+			t.Errorf("%s has runner %d and job %d by the node's word", id, vm.Claim.RunnerID, vm.Job)
+		}
+	}
+}
+
+// A node that makes a VM up must not take a certain job from everybody else with it.
+func TestJobTakenByANodesWord(t *testing.T) {
+	h := newHouse(t)
+	h.queue(7)
+	m := h.mac("mac1")
+	m.say(m.is("evilevil", fleet.VMBooting), ran(m.is("evilfive", fleet.VMBusy)))
+	for _, id := range []fleet.VMID{"evilevil", "evilfive"} {
+		if vm := h.vm(id); vm.Job != 0 {
+			t.Errorf("%s took job %d", id, vm.Job)
+		}
 	}
 }
 
@@ -325,7 +386,7 @@ func TestHeartbeatsAreQuiet(t *testing.T) {
 		q := m.request(0)
 		q.VMs, q.Node.Images = slices.Clone(q.VMs), slices.Clone(q.Node.Images)
 		c.change(&q)
-		r := report{view: h.view(), node: "mac1", fleet: "f", now: h.now.Add(c.after), boot: h.server.bootDeadline}
+		r := report{view: h.view(), node: "mac1", fleet: "f", now: h.now.Add(c.after), boot: h.server.bootDeadline, ours: h.server.hasScope}
 		if err := r.apply(&q, false); err != nil {
 			t.Fatal(err)
 		}
