@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/paddock-ci/paddock/fleet"
@@ -17,6 +18,11 @@ var ErrNoJob = errors.New("no such job")
 // Explain says why a job waits, or what serves it, from a fresh view and by the same
 // functions that decide. Any replica can answer.
 func (c *Controller) Explain(ctx context.Context, id fleet.JobID) (placement.Explanation, error) {
+	return c.explain(ctx, time.Now(), id)
+}
+
+// explain is Explain at the time now.
+func (c *Controller) explain(ctx context.Context, now time.Time, id fleet.JobID) (placement.Explanation, error) {
 	view, err := c.Store.View(ctx)
 	if err != nil {
 		return placement.Explanation{}, err
@@ -25,16 +31,16 @@ func (c *Controller) Explain(ctx context.Context, id fleet.JobID) (placement.Exp
 	if job == nil {
 		return placement.Explanation{}, fmt.Errorf("%w: %d (hint: `paddock job list` shows those of the last hour)", ErrNoJob, id)
 	}
-	p := &pass{now: time.Now(), view: view, jobs: view.OpenJobs(), vms: map[fleet.VMID]fleet.VM{}, written: map[fleet.VMID]bool{}}
+	p := &pass{now: now, view: view, jobs: view.OpenJobs(), vms: map[fleet.VMID]fleet.VM{}, written: map[fleet.VMID]bool{}}
 	var vms []*fleet.VM
 	for vmID, vm := range view.VMs {
 		p.vms[vmID] = *vm
 		if !vm.State.Final() && p.reachable(vm.Node) {
 			vms = append(vms, vm)
 		}
-		if vm.Job == id && !vm.State.Final() {
-			return c.served(job, vm), nil
-		}
+	}
+	if vm := p.serving(job); vm != nil {
+		return c.served(p, job, vm), nil
 	}
 	if said := settledWord(job); said != "" {
 		return placement.Explanation{Job: id, Age: p.now.Sub(job.CreatedAt), Wait: said}, nil
@@ -61,8 +67,34 @@ func (c *Controller) Explain(ctx context.Context, id fleet.JobID) (placement.Exp
 	return explanation, nil
 }
 
+// serving is the VM that the job has the best hope of: on a node that reports, and the
+// most advanced of those. A queued job hopes for none on a silent node. Nil: there is none.
+func (p *pass) serving(job *fleet.Job) *fleet.VM {
+	rank := func(vm *fleet.VM) int {
+		rank := slices.Index(runner.States, vm.State)
+		if vm.Claim != nil {
+			rank += len(runner.States)
+		}
+		if p.reachable(vm.Node) {
+			rank += 2 * len(runner.States)
+		}
+		return rank
+	}
+	var best *fleet.VM
+	for _, vm := range p.view.VMs {
+		queued := job.Status == fleet.JobQueued && vm.State != fleet.VMBusy
+		if vm.Job != job.ID || vm.State.Final() || queued && !p.reachable(vm.Node) {
+			continue
+		}
+		if best == nil || rank(vm) > rank(best) {
+			best = vm
+		}
+	}
+	return best
+}
+
 // served tells how far the job's VM is.
-func (c *Controller) served(job *fleet.Job, vm *fleet.VM) placement.Explanation {
+func (c *Controller) served(p *pass, job *fleet.Job, vm *fleet.VM) placement.Explanation {
 	said := map[fleet.VMState]string{
 		fleet.VMPlaced:     "VM %s is placed on %s, which has not begun yet",
 		fleet.VMBooting:    "VM %s is booting on %s",
@@ -71,10 +103,10 @@ func (c *Controller) served(job *fleet.Job, vm *fleet.VM) placement.Explanation 
 		fleet.VMBusy:       "VM %s on %s runs it",
 	}[vm.State]
 	wait := fmt.Sprintf(said, vm.ID, vm.Node)
-	if until := c.limitedUntil(); vm.State == fleet.VMWarm && time.Now().Before(until) {
+	if until := c.limitedUntil(); vm.State == fleet.VMWarm && p.now.Before(until) {
 		wait = fmt.Sprintf("VM %s is warm on %s; GitHub's rate limit holds its runner back until %s", vm.ID, vm.Node, until.Format(time.TimeOnly))
 	}
-	return placement.Explanation{Job: job.ID, Pool: vm.Pool, Age: time.Since(job.CreatedAt), Bound: true, Wait: wait}
+	return placement.Explanation{Job: job.ID, Pool: vm.Pool, Age: p.now.Sub(job.CreatedAt), Bound: true, Wait: wait}
 }
 
 // settledWord speaks of jobs that ask for nothing.

@@ -11,9 +11,12 @@ import (
 )
 
 // match brings VM.Job up to date with what GitHub says and what is queued. A match is
-// provisional until in_progress names the runner. VMs on unreachable nodes keep what
-// they have but get nothing new, and a queued job counts on them no more.
+// provisional until in_progress names the runner. VMs on unreachable nodes keep their
+// state but get nothing new, and a queued job counts on them no more.
 func (c *Controller) match(ctx context.Context, p *pass) error {
+	if err := c.releaseUnreachable(ctx, p); err != nil {
+		return err
+	}
 	vms := make([]*fleet.VM, 0, len(p.vms))
 	for _, vm := range p.untouched() {
 		if !vm.State.Final() && (p.reachable(vm.Node) || vm.State == fleet.VMBusy) {
@@ -33,6 +36,26 @@ func (c *Controller) match(ctx context.Context, p *pass) error {
 		}
 		next.Job = job
 		if _, err := c.write(ctx, p, next, e); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// releaseUnreachable takes queued jobs from claimed VMs whose nodes are silent. Such a
+// job's unit of demand is held by its claimed VM; while a dead Mac's VM has it, no other
+// VM can be claimed for the job, however warm it stands.
+func (c *Controller) releaseUnreachable(ctx context.Context, p *pass) error {
+	for _, vm := range p.untouched() {
+		if vm.Job == 0 || vm.Claim == nil || vm.State.Final() || vm.State == fleet.VMBusy || p.reachable(vm.Node) {
+			continue
+		}
+		if job := p.view.Jobs[vm.Job]; job != nil && job.Status != fleet.JobQueued {
+			continue // GitHub says that it runs or is over: it may well be there
+		}
+		e := fleet.Event{Kind: "vm.released", Job: vm.Job, Text: fmt.Sprintf("node %s is silent: job %d goes elsewhere", vm.Node, vm.Job)}
+		vm.Job = 0
+		if _, err := c.write(ctx, p, vm, e); err != nil {
 			return err
 		}
 	}

@@ -170,8 +170,9 @@ func (c *Controller) overdue(p *pass, vm *fleet.VM) (fleet.Event, bool) {
 		return fleet.Event{}, false
 	}
 	// A warm VM that a pool keeps ready is not idle by accident, and one that a job is
-	// matched with is about to be claimed.
-	if vm.State == fleet.VMWarm && (vm.Job != 0 || c.keptReady(p, vm.Pool)) {
+	// matched with is about to be claimed. Neither lives longer than others: a job that
+	// took it at its end would be cut off.
+	if what == "warm" && (vm.Job != 0 || c.keptReady(p, vm.Pool)) {
 		return fleet.Event{}, false
 	}
 	vm.Reason = fmt.Sprintf("over its %s deadline", what)
