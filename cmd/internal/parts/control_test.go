@@ -7,12 +7,20 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"net"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/paddock-ci/paddock/access"
+	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/cmd/internal/config"
+	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/github"
+	"github.com/paddock-ci/paddock/github/githubtest"
 )
 
 // A join token carries the hash of the self-made certificate only: a configured one is
@@ -50,23 +58,95 @@ func TestPinOfJoinTokens(t *testing.T) {
 	}
 }
 
+// A node says that the runner in its VM is another one of the same organization, which
+// is none of Paddock's. When the VM is done, the leader deletes the VM's own runner, by
+// its name, and not the one that the node named.
+func TestForeignRunnerDeletedOverTheWire(t *testing.T) {
+	gh, err := githubtest.New(githubtest.Config{AppID: 1, Secret: []byte("hush"), Repositories: []githubtest.Repository{{Name: "acme/app"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	site := httptest.NewServer(gh)
+	t.Cleanup(site.Close)
+	app, err := github.New(github.Config{AppID: gh.AppID(), PrivateKey: gh.PrivateKey(), BaseURL: site.URL + "/"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := fleet.RunnerName("town", "evilevil", 1)
+	minted := map[string]int64{}
+	for _, name := range []string{"production", own} {
+		m, err := app.MintRunner(t.Context(), "acme", name, 1, fleet.NewLabels("self-hosted"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		minted[name] = m.RunnerID
+	}
+	control := runControlFor(t, config.TLS{}, gh.PrivateKey(), site.URL+"/", config.Pool{
+		Name: "mac", Scopes: []string{"acme"}, Labels: []string{"self-hosted", "macOS"}, Image: "127.0.0.1:1/acme/mac:1",
+	})
+	credential, err := control.key.Sign(access.Identity{ID: access.NewID(), Role: access.Node, Subject: "mac-1", ExpiresAt: time.Now().Add(access.NodeLife)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	node, err := Endpoint{URL: control.local, Certificate: control.hash, Token: string(credential)}.Client()
+	if err != nil {
+		t.Fatal(err)
+	}
+	report := api.VMReport{
+		ID: "evilevil", Order: api.VMOrder{Pool: "mac", Image: fleet.Digest("sha256:" + strings.Repeat("1", 64))},
+		Runner: &api.RunnerReport{Name: own, RunnerID: minted["production"], Scope: "acme", Attempt: 1},
+	}
+	for i, state := range []fleet.VMState{fleet.VMRegistered, fleet.VMDone} {
+		report.State = state
+		if _, err := node.Sync(t.Context(), api.SyncRequest{
+			Protocol: api.Protocol, Session: "s", Sequence: int64(i + 1), VMs: []api.VMReport{report},
+			Node: fleet.Node{ID: "mac-1", Arch: "arm64", OS: "darwin", Driver: "process", Slots: 2},
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	left := func() (names []string) {
+		for _, r := range gh.Runners() {
+			names = append(names, r.Name)
+		}
+		return names
+	}
+	deadline := time.After(20 * time.Second)
+	for changed := gh.Changed(); slices.Contains(left(), own); changed = gh.Changed() {
+		select {
+		case <-changed:
+		case <-time.After(100 * time.Millisecond): // it may have changed in between
+		case <-deadline:
+			t.Fatalf("the finished VM's runner is still at GitHub: %v", left())
+		}
+	}
+	if got := left(); !slices.Equal(got, []string{"production"}) {
+		t.Errorf("left at GitHub: %v", got)
+	}
+}
+
 // runControl runs a controller on the embedded store; its GitHub is never reached.
 func runControl(t *testing.T, tls config.TLS) *Control {
 	t.Helper()
-	dir := t.TempDir()
 	private, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
 		t.Fatal(err)
 	}
 	app := pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(private)})
+	return runControlFor(t, tls, app, "http://127.0.0.1:1/")
+}
+
+func runControlFor(t *testing.T, tls config.TLS, app []byte, at string, pools ...config.Pool) *Control {
+	t.Helper()
+	dir := t.TempDir()
 	for file, content := range map[string][]byte{"app.pem": app, "hook": []byte("hush")} {
 		if err := os.WriteFile(filepath.Join(dir, file), content, 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
 	control, err := NewControl(ControlConfig{Config: &config.Config{
-		Fleet: "town", Listen: "127.0.0.1:0", URL: "https://paddock.invalid:8443", Data: filepath.Join(dir, "data"), TLS: tls,
-		GitHub: config.GitHub{AppID: 1, PrivateKeyFile: filepath.Join(dir, "app.pem"), WebhookSecretFiles: []string{filepath.Join(dir, "hook")}, API: "http://127.0.0.1:1/"},
+		Fleet: "town", Listen: "127.0.0.1:0", URL: "https://paddock.invalid:8443", Data: filepath.Join(dir, "data"), TLS: tls, Pools: pools,
+		GitHub: config.GitHub{AppID: 1, PrivateKeyFile: filepath.Join(dir, "app.pem"), WebhookSecretFiles: []string{filepath.Join(dir, "hook")}, API: at},
 	}})
 	if err != nil {
 		t.Fatal(err)
