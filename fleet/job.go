@@ -35,6 +35,7 @@ type Job struct {
 
 	// Gate is when GitHub last moved the job between waiting and queued (a deployment's
 	// updated_at, else the time inside the delivery's id), in Unix milliseconds; 0: unknown.
+	// A job that runs or has run keeps the one with which it was queued.
 	Gate int64 `json:"gate,omitempty"`
 
 	Installation int64     `json:"installation,omitempty"` // GitHub's word, at times wrong: a hint only
@@ -82,8 +83,9 @@ var StatusRanks = map[JobStatus]StatusRank{
 }
 
 // MergeJob joins what is known of a job with news of it, in whatever order news
-// arrives and however often. The winner is taken as a whole, with its Gate; news of
-// the same standing keeps the older record. So status and, among gated statuses, Gate
+// arrives and however often. The winner is taken as a whole, with its Gate, except that
+// news of a job that runs says nothing of gates; news of the same standing keeps the
+// older record. So status and, among gated statuses, Gate
 // come out the same for every order. A runner name once set stays until news of a
 // higher rank names another; SeenAt and Feed stay those of the first news.
 //
@@ -99,6 +101,9 @@ func MergeJob(known, news Job) Job {
 	merged := news
 	if merged.RunnerName == "" {
 		merged.RunnerName = known.RunnerName
+	}
+	if !StatusRanks[news.Status].Gated {
+		merged.Gate = known.Gate
 	}
 	merged.SeenAt, merged.Feed = known.SeenAt, known.Feed
 	return merged

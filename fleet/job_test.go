@@ -16,7 +16,8 @@ func TestMergeJob(t *testing.T) {
 		known, news Job
 		want        Job
 	}{
-		{"a life goes up", at(JobQueued, 1), at(JobInProgress, 2), at(JobInProgress, 2)},
+		{"a life goes up", at(JobQueued, 1), at(JobInProgress, 0), at(JobInProgress, 1)},
+		{"and on", at(JobInProgress, 1), at(JobCompleted, 3), at(JobCompleted, 1)},
 		{"and never down", at(JobInProgress, 1), at(JobQueued, 9), at(JobInProgress, 1)},
 		{"completed is final", at(JobCompleted, 1), at(JobQueued, 9), at(JobCompleted, 1)},
 		{"a gate opens", at(JobWaiting, 1), at(JobQueued, 2), at(JobQueued, 2)},

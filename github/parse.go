@@ -87,9 +87,11 @@ func ParseJob(payload []byte, guid string) (fleet.Job, error) {
 	if event.Installation != nil {
 		job.Installation = event.Installation.ID
 	}
-	if event.Deployment != nil && event.Deployment.UpdatedAt != nil {
+	switch {
+	case !fleet.StatusRanks[status].Gated: // its delivery's time says nothing of a gate
+	case event.Deployment != nil && event.Deployment.UpdatedAt != nil:
 		job.Gate = max(0, event.Deployment.UpdatedAt.UnixMilli())
-	} else {
+	default:
 		job.Gate = uuidTime(guid)
 	}
 	return job, nil

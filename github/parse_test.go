@@ -49,10 +49,10 @@ func TestParseJobExamples(t *testing.T) {
 		{ID: 12877621891, RunID: 4747967848, RunAttempt: 1, Repository: "lineville/elastic-machines-testing", Public: true, Name: "test", Workflow: "Env Test",
 			Labels: fleet.Labels{"k8s", "self-hosted"}, Status: fleet.JobWaiting, Gate: gate, Installation: 23154469, CreatedAt: at("2023-04-19T21:12:12Z")},
 		{ID: 289782451, RunID: 2202229078, RunAttempt: 1, Repository: "Codertocat/Hello-World", Public: true, Name: "linters", Workflow: "CodeQL",
-			Labels: fleet.Labels{"ubuntu-latest"}, Status: fleet.JobCompleted, Conclusion: "success", RunnerName: "GitHub Actions 5", Gate: gate,
+			Labels: fleet.Labels{"ubuntu-latest"}, Status: fleet.JobCompleted, Conclusion: "success", RunnerName: "GitHub Actions 5",
 			CreatedAt: at("2021-08-05T10:33:58Z"), StartedAt: at("2021-08-05T10:34:58Z"), CompletedAt: at("2021-08-05T10:38:16Z")},
 		{ID: 2832853555, RunID: 940463255, RunAttempt: 1, Repository: "octo-org/example-workflow", Name: "Test workflow",
-			Labels: fleet.Labels{"db-app", "dc-03", "gpu"}, Status: fleet.JobInProgress, RunnerName: "my runner", Gate: gate,
+			Labels: fleet.Labels{"db-app", "dc-03", "gpu"}, Status: fleet.JobInProgress, RunnerName: "my runner",
 			CreatedAt: at("2021-06-15T19:22:27Z"), StartedAt: at("2021-06-15T19:22:27Z")},
 	}
 	for i, payload := range examples(t) {

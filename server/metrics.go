@@ -78,10 +78,12 @@ func warmth(vm *fleet.VM) string {
 }
 
 // phases splits the start delay of a job on a VM that is busy with it; see api.Phases.
+// The delay begins when the job was last queued: GitHub's created_at has whole seconds
+// only, and is no delay of ours while an approval was waited for.
 func phases(vm *fleet.VM, job *fleet.Job) api.Phases {
 	queued := job.CreatedAt
 	if gate := time.UnixMilli(job.Gate); gate.After(queued) && gate.Before(vm.BusyAt) {
-		queued = gate // an approval before that is nobody's delay
+		queued = gate
 	}
 	placed := later(queued, vm.PlacedAt)
 	warm := later(placed, vm.WarmAt)

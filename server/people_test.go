@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"fmt"
 	"net/http"
 	"strings"
 	"testing"
@@ -13,6 +14,7 @@ import (
 	"github.com/paddock-ci/paddock/access"
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/github"
 	"github.com/paddock-ci/paddock/store"
 )
 
@@ -301,4 +303,28 @@ func TestPhases(t *testing.T) {
 	check(t, "a warm VM", nil, api.Phases{Register: 2 * time.Second}, phases(warm, job))
 	approved := &fleet.Job{CreatedAt: at.Add(-time.Hour), Gate: at.UnixMilli()}
 	check(t, "after an approval", nil, api.Phases{Register: 2 * time.Second}, phases(warm, approved))
+}
+
+// The deliveries that say that a job runs and that it has ended must not move the time
+// from which its start delay counts.
+func TestDelayMeasuredFromALaterDelivery(t *testing.T) {
+	h := newHouse(t)
+	at := h.now.UTC()
+	guid := func(at time.Time) string { // a UUID of version 1, as GitHub's are
+		ticks := uint64(at.UnixMilli())*10_000 + 0x01B21DD213814000
+		return fmt.Sprintf("%08x-%04x-1%03x-81ab-4c9367dc0958", uint32(ticks), uint16(ticks>>32), ticks>>48)
+	}
+	vm := &fleet.VM{PlacedAt: at.Add(-time.Hour), WarmAt: at.Add(-time.Hour), BusyAt: at.Add(900 * time.Millisecond)}
+	for i, action := range []string{"queued", "in_progress", "completed"} {
+		sent := at.Add([]time.Duration{400 * time.Millisecond, 890 * time.Millisecond, 10 * time.Second}[i])
+		job, err := github.ParseJob(fmt.Appendf(nil, `{"action":%q,"workflow_job":{"id":7,"status":%[1]q,"labels":["macos"],"created_at":%q,"started_at":%[2]q},
+			"repository":{"full_name":"acme/app"}}`, action, at.Format(time.RFC3339)), guid(sent))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := h.store.MergeJob(t.Context(), store.Delivery{ID: action, At: sent, Job: job}); err != nil {
+			t.Fatal(err)
+		}
+		check(t, "delay when it is "+action, nil, 500*time.Millisecond, phases(vm, h.view().Jobs[7]).Total())
+	}
 }

@@ -47,6 +47,8 @@ else
 	was = known.status
 	if supersedes(known) then
 		after = news
+		local _, gated = place(news)
+		if not gated then after.gate = known.gate end
 		after.seen, after.feed = known.seen, known.feed
 		if after.runner == '' then after.runner = known.runner end
 	else
