@@ -97,8 +97,8 @@ type Controller struct {
 	deputed sync.Mutex // guards what Errands and Explain read of the last Step
 	term    store.Term
 	leading bool
-	limited time.Time // GitHub answers no sooner
-	settled string    // the incarnation that has settled
+	limited map[string]time.Time // by lower-case owner: GitHub answers no sooner
+	settled string               // the incarnation that has settled
 
 	// What Step remembers between passes; lost with the process, without harm.
 	known    map[fleet.NodeID]bool
@@ -141,7 +141,7 @@ func New(c Config) (*Controller, error) {
 	return &Controller{
 		Config: c, metrics: newMetrics(c.Metrics),
 		known: map[fleet.NodeID]bool{}, learned: map[fleet.JobID]bool{},
-		resolved: map[string]fleet.Image{}, unresolved: map[string]string{}, errand: map[fleet.VMID]bool{}, notBefore: map[fleet.VMID]time.Time{}, busy: map[fleet.VMID]time.Time{}, barred: map[place]bar{},
+		resolved: map[string]fleet.Image{}, unresolved: map[string]string{}, errand: map[fleet.VMID]bool{}, notBefore: map[fleet.VMID]time.Time{}, busy: map[fleet.VMID]time.Time{}, barred: map[place]bar{}, limited: map[string]time.Time{},
 	}, nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"strings"
 	"sync"
 	"time"
 
@@ -19,6 +20,8 @@ const (
 	errandsAtOnce = 8
 	// errandTimeout bounds one call with its retries by the transport.
 	errandTimeout = 30 * time.Second
+	// ghostTimeout bounds the hunt for ghosts in one scope: some pages of runners.
+	ghostTimeout = time.Minute
 	// conclusionWait is how long a finished VM's runner may still be reported by GitHub
 	// as having completed its job, before it is asked after.
 	conclusionWait = 30 * time.Second
@@ -30,17 +33,11 @@ func (c *Controller) Errands(ctx context.Context) error {
 	var running sync.WaitGroup
 	defer running.Wait()
 	places := make(chan struct{}, errandsAtOnce)
-	ghosts := time.Now().Add(c.GhostsEvery)
+	running.Go(func() { c.ghosts(ctx) })
 	for ctx.Err() == nil {
 		changed := c.Store.Notify(store.Anything)
 		if term, leading := c.office(); leading {
 			c.setOut(ctx, term, time.Now(), places, &running)
-			if time.Now().After(ghosts) {
-				ghosts = time.Now().Add(c.GhostsEvery)
-				if err := c.exorcise(ctx, term); err != nil {
-					c.Log.Warn("looking for runners without a VM", "error", err)
-				}
-			}
 		}
 		if !rest(ctx, changed, tick) {
 			break
@@ -49,10 +46,24 @@ func (c *Controller) Errands(ctx context.Context) error {
 	return nil
 }
 
+// ghosts looks for runners without a VM every GhostsEvery, beside the errands: a GitHub
+// that is slow to list runners delays no registration.
+func (c *Controller) ghosts(ctx context.Context) {
+	for rest(ctx, nil, c.GhostsEvery) {
+		term, leading := c.office()
+		if !leading {
+			continue
+		}
+		if err := c.exorcise(ctx, term); err != nil && ctx.Err() == nil {
+			c.Log.Warn("looking for runners without a VM", "error", err)
+		}
+	}
+}
+
 // setOut starts an errand for each VM that needs one and has none under way.
 func (c *Controller) setOut(ctx context.Context, term store.Term, now time.Time, places chan struct{}, running *sync.WaitGroup) {
 	view, err := c.Store.View(ctx)
-	if err != nil || view.Incarnation != term.Incarnation || now.Before(c.limitedUntil()) {
+	if err != nil || view.Incarnation != term.Incarnation {
 		return
 	}
 	ended := concluded(view)
@@ -113,6 +124,9 @@ type errand func(context.Context, store.Term, fleet.VM) error
 // errandFor is the table of errands: what a VM's record asks of GitHub, nil if nothing.
 func (c *Controller) errandFor(ended map[string]fleet.JobID, vm *fleet.VM, term store.Term, now time.Time) errand {
 	claim := vm.Claim
+	if claim != nil && now.Before(c.limitedUntil(claim.Scope)) {
+		return nil
+	}
 	switch {
 	case vm.State.Final():
 		if claim == nil || vm.State == fleet.VMLost && claim.RunnerID == 0 {
@@ -340,28 +354,36 @@ func (c *Controller) exorcise(ctx context.Context, term store.Term) error {
 			scopes[s] = true
 		}
 	}
-	for scope := range scopes {
-		runners, err := c.GitHub.Runners(ctx, scope)
-		if err != nil {
-			return err
+	var failed error
+	for scope := range scopes { // one that does not answer keeps the others from nothing
+		failed = errors.Join(failed, c.exorciseScope(ctx, term, scope))
+	}
+	return failed
+}
+
+func (c *Controller) exorciseScope(ctx context.Context, term store.Term, scope fleet.Scope) error {
+	ctx, cancel := context.WithTimeout(ctx, ghostTimeout)
+	defer cancel()
+	runners, err := c.GitHub.Runners(ctx, scope)
+	if err != nil {
+		return err
+	}
+	// Read after the runners: whose VM is not in it has none, since a VM is written down
+	// before its runner is registered.
+	view, err := c.Store.View(ctx)
+	if err != nil || view.Incarnation != term.Incarnation {
+		return err
+	}
+	for _, r := range runners {
+		id, _, ours := fleet.ParseRunnerName(c.Fleet, r.Name)
+		vm := view.VMs[id]
+		if !ours || r.Busy || r.Status != "offline" || vm != nil && !vm.State.Final() {
+			continue
 		}
-		// Read after the runners: whose VM is not in it has none, since a VM is written down
-		// before its runner is registered.
-		view, err := c.Store.View(ctx)
-		if err != nil || view.Incarnation != term.Incarnation {
-			return err
+		if err := c.GitHub.RemoveRunner(ctx, scope, r.ID); err != nil && !errors.Is(err, github.ErrBusy) {
+			return fmt.Errorf("delete runner %s: %w", r.Name, err)
 		}
-		for _, r := range runners {
-			id, _, ours := fleet.ParseRunnerName(c.Fleet, r.Name)
-			vm := view.VMs[id]
-			if !ours || r.Busy || r.Status != "offline" || vm != nil && !vm.State.Final() {
-				continue
-			}
-			if err := c.GitHub.RemoveRunner(ctx, scope, r.ID); err != nil && !errors.Is(err, github.ErrBusy) {
-				return fmt.Errorf("delete runner %s: %w", r.Name, err)
-			}
-			c.Log.Info("runner.ghost", "runner", r.Name, "scope", scope)
-		}
+		c.Log.Info("runner.ghost", "runner", r.Name, "scope", scope)
 	}
 	return nil
 }
@@ -383,10 +405,12 @@ func (c *Controller) end(id fleet.VMID) {
 	delete(c.errand, id)
 }
 
-func (c *Controller) limitedUntil() time.Time {
+// limitedUntil is when GitHub may be asked again on behalf of the scope's owner. Limits
+// are of an installation, and an owner has one.
+func (c *Controller) limitedUntil(scope fleet.Scope) time.Time {
 	c.deputed.Lock()
 	defer c.deputed.Unlock()
-	return c.limited
+	return c.limited[strings.ToLower(scope.Owner())]
 }
 
 // errandFailed has the errand repeated: when GitHub's limit has passed, else in 2 s.
@@ -400,8 +424,8 @@ func (c *Controller) errandFailed(vm *fleet.VM, err error) {
 		}
 	}
 	var limited *github.RateLimited
-	if errors.As(err, &limited) {
-		c.limited = limited.Until
+	if errors.As(err, &limited) && vm.Claim != nil {
+		c.limited[strings.ToLower(vm.Claim.Scope.Owner())] = limited.Until
 	} else {
 		c.notBefore[vm.ID] = now.Add(2 * time.Second)
 	}

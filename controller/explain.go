@@ -103,7 +103,10 @@ func (c *Controller) served(p *pass, job *fleet.Job, vm *fleet.VM) placement.Exp
 		fleet.VMBusy:       "VM %s on %s runs it",
 	}[vm.State]
 	wait := fmt.Sprintf(said, vm.ID, vm.Node)
-	if until := c.limitedUntil(); vm.State == fleet.VMWarm && p.now.Before(until) {
+	if vm.State != fleet.VMWarm || vm.Claim == nil {
+		return placement.Explanation{Job: job.ID, Pool: vm.Pool, Age: p.now.Sub(job.CreatedAt), Bound: true, Wait: wait}
+	}
+	if until := c.limitedUntil(vm.Claim.Scope); p.now.Before(until) {
 		wait = fmt.Sprintf("VM %s is warm on %s; GitHub's rate limit holds its runner back until %s", vm.ID, vm.Node, until.Format(time.TimeOnly))
 	}
 	return placement.Explanation{Job: job.ID, Pool: vm.Pool, Age: p.now.Sub(job.CreatedAt), Bound: true, Wait: wait}

@@ -200,9 +200,11 @@ type registrar struct {
 	runners map[string]github.Runner
 	lose    bool
 	limited time.Time
+	limits  fleet.Scope // where; "": everywhere
 	calls   []string
-	listed  func()      // before runners are listed; nil: nothing
-	refuses fleet.Scope // where the App is not installed; "": nowhere
+	listed  func()        // before runners are listed; nil: nothing
+	silent  chan struct{} // closed by the one listing, which never ends; nil: it does
+	refuses fleet.Scope   // where the App is not installed; "": nowhere
 }
 
 var errLost = errors.New("connection reset")
@@ -211,7 +213,7 @@ func (r *registrar) MintRunner(_ context.Context, scope fleet.Scope, name string
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.calls = append(r.calls, fmt.Sprintf("register %s at %s", name, scope))
-	if !r.limited.IsZero() {
+	if !r.limited.IsZero() && (r.limits == "" || r.limits == scope) {
 		return github.Minted{}, &github.RateLimited{Until: r.limited}
 	}
 	if scope == r.refuses {
@@ -239,7 +241,12 @@ func (r *registrar) FindRunner(_ context.Context, _ fleet.Scope, name string) (g
 	return found, ok, nil
 }
 
-func (r *registrar) Runners(context.Context, fleet.Scope) ([]github.Runner, error) {
+func (r *registrar) Runners(ctx context.Context, _ fleet.Scope) ([]github.Runner, error) {
+	if r.silent != nil {
+		close(r.silent)
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
 	if r.listed != nil {
 		r.listed()
 	}

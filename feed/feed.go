@@ -93,6 +93,7 @@ func New(c Config) (*Feed, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
+	c.GitHub = timed{c.GitHub}
 	m, err := newMetrics(c.Metrics)
 	if err != nil {
 		return nil, err

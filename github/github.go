@@ -68,7 +68,8 @@ type Config struct {
 	// BaseURL of the REST API; empty: https://api.github.com/. On a GitHub Enterprise
 	// Server it is https://HOST/api/v3/.
 	BaseURL string
-	// Transport sends the requests; nil: http.DefaultTransport.
+	// Transport sends the requests; nil: as http.DefaultTransport, but it gives up on a
+	// connection that brings no answer within 20 s.
 	Transport http.RoundTripper
 	// WritesPerMinute spaces requests that change something, for each installation; 0:
 	// 150 after a burst of 30, which stays below the 180 that GitHub allows in any
@@ -106,6 +107,23 @@ const (
 // GitHub's secondary limit is 100.
 const maxConcurrent = 60
 
+// A connection may fall silent without being closed; nobody waits for it for ever.
+const (
+	headerTimeout  = 20 * time.Second // from a request sent to the first of its answer; GitHub itself gives up after 10 s
+	requestTimeout = time.Minute      // one request in all: its turn, the login before it, and the last byte of its answer
+)
+
+// impatient is http.DefaultTransport with a limit on how long an answer may take.
+func impatient() http.RoundTripper {
+	base, ok := http.DefaultTransport.(*http.Transport)
+	if !ok {
+		return http.DefaultTransport // somebody put another one there
+	}
+	t := base.Clone()
+	t.ResponseHeaderTimeout = headerTimeout
+	return t
+}
+
 // New checks the key and makes a client. It sends no request.
 func New(c Config) (*Client, error) {
 	c.BaseURL = strings.TrimSuffix(cmp.Or(c.BaseURL, "https://api.github.com"), "/") + "/"
@@ -117,7 +135,7 @@ func New(c Config) (*Client, error) {
 		return nil, errors.New("GitHub App: no id; it is on the App's page at GitHub, a number")
 	}
 	if c.Transport == nil {
-		c.Transport = http.DefaultTransport
+		c.Transport = impatient()
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -138,7 +156,7 @@ func (c *Client) limits(who string) *limits {
 }
 
 func (c *Client) wrap(t http.RoundTripper) *gh.Client {
-	client := gh.NewClient(&http.Client{Transport: t})
+	client := gh.NewClient(&http.Client{Transport: t, Timeout: requestTimeout})
 	client.BaseURL = c.base
 	client.UserAgent = "paddock"
 	return client
