@@ -44,21 +44,9 @@ func (c *Controller) snapshot(p *pass) placement.Snapshot {
 		Now: p.now, Images: map[string]fleet.Image{}, Running: map[string]int{},
 		Durations: c.predict,
 	}
-	failing := map[fleet.PoolName]bool{}
-	for _, pool := range c.Pools {
-		if p.now.Before(p.failing(pool.Name)) {
-			failing[pool.Name], pool.MinIdle = true, 0
-		}
-		s.Pools = append(s.Pools, pool)
-	}
+	s.Pools = append(s.Pools, c.Pools...)
 	for _, id := range p.unmet {
-		job := p.view.Jobs[id]
-		if len(failing) > 0 {
-			if pool, _, _ := placement.PoolFor(c.Pools, *job); failing[pool.Name] {
-				continue
-			}
-		}
-		s.Jobs = append(s.Jobs, *job)
+		s.Jobs = append(s.Jobs, *p.view.Jobs[id])
 	}
 	for ref, image := range p.view.Images {
 		s.Images[ref] = *image
@@ -76,8 +64,9 @@ func (c *Controller) snapshot(p *pass) placement.Snapshot {
 			s.Running[job.Repository]++
 		}
 	}
+	failing := c.failing(p)
 	for id, node := range p.view.Nodes {
-		n := placement.Node{Node: *node, Reachable: p.reachable(id), Slots: slots[id], Failures: failures[id]}
+		n := placement.Node{Node: *node, Reachable: p.reachable(id), Slots: slots[id], Failures: failures[id], Failing: failing.at(id)}
 		if orders := p.view.Orders[id]; orders != nil {
 			n.Hold = orders.Hold
 		}

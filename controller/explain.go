@@ -52,8 +52,8 @@ func (c *Controller) explain(ctx context.Context, now time.Time, id fleet.JobID)
 	if said, barred := c.isBarred(place{scope, pool.RunnerGroup()}); barred {
 		return placement.Explanation{Job: id, Pool: pool.Name, Scope: scope, Age: p.now.Sub(job.CreatedAt), Wait: said}, nil
 	}
-	if until := p.failing(pool.Name); p.now.Before(until) {
-		said := fmt.Sprintf("VMs of pool %s failed; the next try is at %s", pool.Name, until.Format(time.TimeOnly))
+	if until, failing := c.failing(p).pools[pool.Name]; failing {
+		said := fmt.Sprintf("VMs of pool %s failed on every node; the next try is at %s", pool.Name, until.Format(time.TimeOnly))
 		return placement.Explanation{Job: id, Pool: pool.Name, Age: p.now.Sub(job.CreatedAt), Wait: said}, nil
 	}
 	p.unmet = runner.Match(p.jobs, vms, c.poolOf, c.Fleet).Unmet

@@ -3,7 +3,6 @@ package controller
 import (
 	"context"
 	"fmt"
-	"time"
 
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/placement"
@@ -122,29 +121,4 @@ func (c *Controller) claim(ctx context.Context, p *pass) error {
 		}
 	}
 	return nil
-}
-
-// failing is how long a pool waits after VMs of it failed one after the other: 1 s, 2 s,
-// 4 s … up to 5 min, so that a broken image does not keep the fleet busy booting it.
-func (p *pass) failing(pool fleet.PoolName) (until time.Time) {
-	var lastSuccess, lastFailure time.Time
-	for _, vm := range p.view.VMs {
-		if vm.Pool == pool && !vm.WarmAt.IsZero() && vm.WarmAt.After(lastSuccess) {
-			lastSuccess = vm.WarmAt
-		}
-	}
-	failures := 0
-	for _, vm := range p.view.VMs {
-		if vm.Pool != pool || !vm.Failed || vm.DoneAt.Before(lastSuccess) {
-			continue
-		}
-		failures++
-		if vm.DoneAt.After(lastFailure) {
-			lastFailure = vm.DoneAt
-		}
-	}
-	if failures == 0 {
-		return time.Time{}
-	}
-	return lastFailure.Add(min(time.Second<<min(failures-1, 10), 5*time.Minute))
 }

@@ -69,6 +69,9 @@ type Node struct {
 	Missing map[fleet.Digest]int64
 	// Failures counts recent failed boots and pulls; 0: healthy.
 	Failures int
+	// Failing are pools whose VMs failed here one after the other: the node takes no more
+	// of them for now. Nil: none.
+	Failing map[fleet.PoolName]bool
 }
 
 // Slot is a slot that a VM occupies.

@@ -29,6 +29,7 @@ const (
 	ReasonSelector    Reason = "selector"        // the pool does not want this node
 	ReasonNoSlots     Reason = "no-slots"        // it runs no VMs at all
 	ReasonTooSmall    Reason = "too-small"       // fewer cores or less memory than one VM needs
+	ReasonFailing     Reason = "failing"         // the pool's VMs failed there; tried again a little later each time
 	ReasonDisk        Reason = "disk"            // too little disk left for the image or for clones to grow
 	ReasonImageSize   Reason = "image-too-large" // the image would not fit on an empty disk
 )
@@ -47,6 +48,7 @@ var words = map[Reason]string{
 	ReasonSelector:      "not selected by the pool",
 	ReasonNoSlots:       "node without slots",
 	ReasonTooSmall:      "node too small for the pool's VMs",
+	ReasonFailing:       "the pool's VMs failed there, and the next try is not due",
 	ReasonDisk:          "too little disk left",
 	ReasonImageSize:     "image larger than the disk",
 }

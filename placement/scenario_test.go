@@ -85,7 +85,7 @@ type options map[string]string
 //	image NAME pull=20GB disk=50GB
 //	pool NAME image=I [scopes=acme,b/c labels=a,b min-idle= max= max-per-repo= priority= growth=10GB nodes=n1,tag:value public hosted]
 //	node NAME [slots=2 free=400GB rate=100MB has=I,J leased=I pulling=I:5GB queued=I:0GB failed=I hold=I prewarm=I
-//	          shared=I:3GB tags=k:v failures= cordoned unreachable]
+//	          shared=I:3GB tags=k:v failures= failing=P cordoned unreachable]
 //	vm NAME on=NODE pool=P [state=busy idle job=7 ends=4m]
 //	job ID [repo=acme/app name=build age=1m labels=a,b public]
 //	duration REPO name=build 5m      running REPO 3      wait-cap 20m      explain ID
@@ -211,6 +211,9 @@ func (c *cast) node(name string, o options) Node {
 	n.Node.Slots, n.DiskFree = number(o.or("slots", "2")), gigabytes(o.or("free", "400GB"))
 	n.PullRate = int64(number(strings.TrimSuffix(o.or("rate", "100MB"), "MB"))) * 1e6
 	n.Missing = map[fleet.Digest]int64{}
+	for _, s := range o.list("failing") {
+		n.Failing = map[fleet.PoolName]bool{fleet.PoolName(s): true}
+	}
 	for _, s := range o.list("tags") {
 		key, value, _ := strings.Cut(s, ":")
 		n.Tags = map[string]string{key: value}

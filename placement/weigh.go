@@ -89,6 +89,8 @@ func (p *pass) refuses(pool *pool, n *node) Reason {
 		return ReasonSelector
 	case !fits(pool.Pool, n.in):
 		return ReasonTooSmall
+	case n.in.Failing[pool.Name]:
+		return ReasonFailing
 	}
 	return ""
 }
