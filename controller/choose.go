@@ -46,7 +46,9 @@ func (c *Controller) snapshot(p *pass) placement.Snapshot {
 	}
 	s.Pools = append(s.Pools, c.Pools...)
 	for _, id := range p.unmet {
-		s.Jobs = append(s.Jobs, *p.view.Jobs[id])
+		if !c.isDoubted(id) {
+			s.Jobs = append(s.Jobs, *p.view.Jobs[id])
+		}
 	}
 	for ref, image := range p.view.Images {
 		s.Images[ref] = *image

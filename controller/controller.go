@@ -61,6 +61,7 @@ type GitHub interface {
 	FindRunner(ctx context.Context, scope fleet.Scope, name string) (github.Runner, bool, error)
 	Runners(ctx context.Context, scope fleet.Scope) ([]github.Runner, error)
 	RemoveRunner(ctx context.Context, scope fleet.Scope, id int64) error
+	Job(ctx context.Context, repository string, id fleet.JobID) (fleet.Job, error)
 }
 
 // Sealer encrypts a JIT config for one VM and runner; access.Key's Seal.
@@ -113,6 +114,7 @@ type Controller struct {
 	barred    map[place]bar            // where GitHub refuses runners
 	busy      map[fleet.VMID]time.Time // GitHub refused to delete the runner; not asked again before
 	notBefore map[fleet.VMID]time.Time // of errands that failed
+	doubts    map[fleet.JobID]doubt    // jobs that GitHub is to be asked about
 }
 
 // New checks the configuration.
@@ -141,7 +143,7 @@ func New(c Config) (*Controller, error) {
 	return &Controller{
 		Config: c, metrics: newMetrics(c.Metrics),
 		known: map[fleet.NodeID]bool{}, learned: map[fleet.JobID]bool{},
-		resolved: map[string]fleet.Image{}, unresolved: map[string]string{}, errand: map[fleet.VMID]bool{}, notBefore: map[fleet.VMID]time.Time{}, busy: map[fleet.VMID]time.Time{}, barred: map[place]bar{}, limited: map[string]time.Time{},
+		resolved: map[string]fleet.Image{}, unresolved: map[string]string{}, errand: map[fleet.VMID]bool{}, notBefore: map[fleet.VMID]time.Time{}, busy: map[fleet.VMID]time.Time{}, barred: map[place]bar{}, limited: map[string]time.Time{}, doubts: map[fleet.JobID]doubt{},
 	}, nil
 }
 

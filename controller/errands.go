@@ -66,6 +66,7 @@ func (c *Controller) setOut(ctx context.Context, term store.Term, now time.Time,
 	if err != nil || view.Incarnation != term.Incarnation {
 		return
 	}
+	c.askDoubts(ctx, view, now, places, running)
 	ended := concluded(view)
 	for id, vm := range view.VMs {
 		if c.errandFor(ended, vm, term, now) == nil || !c.begin(id) {

@@ -52,6 +52,10 @@ func (c *Controller) explain(ctx context.Context, now time.Time, id fleet.JobID)
 	if said, barred := c.isBarred(place{scope, pool.RunnerGroup()}); barred {
 		return placement.Explanation{Job: id, Pool: pool.Name, Scope: scope, Age: p.now.Sub(job.CreatedAt), Wait: said}, nil
 	}
+	if c.isDoubted(id) {
+		said := "its runner waited in vain; GitHub is being asked whether the job is still queued"
+		return placement.Explanation{Job: id, Pool: pool.Name, Scope: scope, Age: p.now.Sub(job.CreatedAt), Wait: said}, nil
+	}
 	if until, failing := c.failing(p).pools[pool.Name]; failing {
 		said := fmt.Sprintf("VMs of pool %s failed on every node; the next try is at %s", pool.Name, until.Format(time.TimeOnly))
 		return placement.Explanation{Job: id, Pool: pool.Name, Age: p.now.Sub(job.CreatedAt), Wait: said}, nil

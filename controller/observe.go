@@ -152,6 +152,7 @@ func (c *Controller) notice(ctx context.Context, p *pass) error {
 		if _, err := c.write(ctx, p, vm, e); err != nil {
 			return err
 		}
+		c.doubtJob(p, vm)
 	}
 	return nil
 }

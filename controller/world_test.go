@@ -202,9 +202,11 @@ type registrar struct {
 	limited time.Time
 	limits  fleet.Scope // where; "": everywhere
 	calls   []string
-	listed  func()        // before runners are listed; nil: nothing
-	silent  chan struct{} // closed by the one listing, which never ends; nil: it does
-	refuses fleet.Scope   // where the App is not installed; "": nowhere
+	jobs    map[fleet.JobID]fleet.Job // that can be asked for
+	jobErr  error                     // the answer when one is asked for; nil: the job
+	listed  func()                    // before runners are listed; nil: nothing
+	silent  chan struct{}             // closed by the one listing, which never ends; nil: it does
+	refuses fleet.Scope               // where the App is not installed; "": nowhere
 }
 
 var errLost = errors.New("connection reset")
@@ -273,6 +275,20 @@ func (r *registrar) RemoveRunner(_ context.Context, _ fleet.Scope, id int64) err
 		delete(r.runners, name)
 	}
 	return nil
+}
+
+func (r *registrar) Job(_ context.Context, _ string, id fleet.JobID) (fleet.Job, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.calls = append(r.calls, fmt.Sprintf("job %d", id))
+	if r.jobErr != nil {
+		return fleet.Job{}, r.jobErr
+	}
+	job, known := r.jobs[id]
+	if !known {
+		return fleet.Job{}, github.ErrNotFound
+	}
+	return job, nil
 }
 
 // set changes a registered runner.
