@@ -2,7 +2,9 @@ package store_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"log/slog"
@@ -10,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/store"
@@ -137,4 +140,70 @@ func FuzzLedger(f *testing.F) {
 			t.Fatalf("%s cannot be read again: %v", again, err)
 		}
 	})
+}
+
+// Two replicas, of which one cannot write its file: a full disk there must lock nobody
+// out, neither from what the other one changed nor from what was before. What it is
+// asked to change itself is refused, and comes into force nowhere.
+func TestUnwritableLedgerLocksEverybodyOut(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "dir")
+	path := filepath.Join(dir, "ledger.json")
+	redisURL, _ := startRedis(t)
+	good := open(t, store.Config{URL: redisURL, Ledger: filepath.Join(t.TempDir(), "ledger.json")})
+	poor := open(t, store.Config{URL: redisURL, Ledger: path})
+	revoke := func(s *store.Store, id string) error {
+		_, err := s.UpdateLedger(t.Context(), func(l *store.Ledger) error {
+			l.Revoked = map[string]time.Time{id: time.Unix(1, 0).UTC()}
+			return nil
+		})
+		return err
+	}
+	revoked := func(s *store.Store, id string) {
+		t.Helper()
+		l, err := s.ReadLedger(t.Context())
+		if _, found := l.Revoked[id]; err != nil || !found || len(l.Revoked) != 1 {
+			t.Errorf("%v, revoked %v, want %s", err, l.Revoked, id)
+		}
+	}
+	if err := revoke(poor, "a"); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.RemoveAll(dir), os.WriteFile(dir, nil, 0o600)); err != nil { // no directory: root cannot write either
+		t.Fatal(err)
+	}
+	revoked(poor, "a")
+	if err := revoke(good, "b"); err != nil {
+		t.Fatal(err)
+	}
+	revoked(poor, "b")
+	revoked(poor, "b")
+	if err := revoke(poor, "c"); err == nil {
+		t.Error("a change that cannot be kept was taken")
+	}
+	revoked(good, "b")
+	revoked(poor, "b")
+
+	if err := os.Remove(dir); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- poor.Run(ctx) }()
+	defer func() {
+		stop()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	}()
+	deadline := time.After(10 * time.Second)
+	for {
+		if body, err := os.ReadFile(path); err == nil && bytes.Contains(body, []byte(`"b"`)) {
+			return
+		}
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-deadline:
+			t.Fatal("the file was not written once it could be")
+		}
+	}
 }

@@ -56,6 +56,7 @@ type ledgerFile struct {
 	mu     sync.Mutex // guards what follows, and the file
 	body   []byte     // JSON of the last version known here; nil: version 0
 	ledger Ledger     // the same, decoded
+	behind bool       // the file could not be written and has an older version
 }
 
 // load reads the file, if there is one.
@@ -100,19 +101,58 @@ func parseLedger(body []byte) (Ledger, error) {
 	return l, nil
 }
 
-// keep takes a version onto the disk and into memory, unless a newer one is there.
+// keep takes a version into memory and onto the disk, unless a newer one is there. An
+// error is the disk's: the version is in force all the same, and retry writes it later.
 func (l *ledgerFile) keep(ledger Ledger, body []byte) error {
+	return l.put(ledger, body, func() error { return writeFile(l.path, body) })
+}
+
+// stage writes a version that is not yet in force beside the file: what cannot be kept
+// shall not come into force here. It returns what keeps it, which fails as keep does,
+// and what throws it away if it did not come into force.
+func (l *ledgerFile) stage(ledger Ledger, body []byte) (keep func() error, drop func(), err error) {
+	if l.path == "" {
+		return func() error { return l.keep(ledger, body) }, func() {}, nil
+	}
+	staged, err := stageFile(l.path, body)
+	if err != nil {
+		return nil, nil, fmt.Errorf("write the ledger: %w", err)
+	}
+	drop = func() { _ = os.Remove(staged) } // nothing is left to remove once it is put
+	return func() error {
+		return l.put(ledger, body, func() error { return putFile(staged, l.path) })
+	}, drop, nil
+}
+
+// put takes a version that write brings onto the disk.
+func (l *ledgerFile) put(ledger Ledger, body []byte, write func() error) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if ledger.Version <= l.ledger.Version {
 		return nil
 	}
-	if l.path != "" {
-		if err := writeFile(l.path, body); err != nil {
-			return fmt.Errorf("write the ledger: %w", err)
-		}
+	l.ledger, l.body, l.behind = ledger, body, false
+	if l.path == "" {
+		return nil
 	}
-	l.ledger, l.body = ledger, body
+	if err := write(); err != nil {
+		l.behind = true
+		return fmt.Errorf("write the ledger: %w", err)
+	}
+	return nil
+}
+
+// retry writes the version in memory if the file is behind.
+func (l *ledgerFile) retry() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.behind {
+		return nil
+	}
+	if err := writeFile(l.path, l.body); err != nil {
+		return fmt.Errorf("write the ledger: %w", err)
+	}
+	l.behind = false
 	return nil
 }
 
@@ -158,7 +198,16 @@ func (s *Store) takeLedger(version int64, body string) error {
 	if err != nil {
 		return fmt.Errorf("the store's ledger of version %d is damaged: %w (delete the key %s in Redis; it is refilled from the file)", version, err, s.keys[keyLedger])
 	}
-	return s.ledger.keep(ledger, []byte(body))
+	s.unkept(s.ledger.keep(ledger, []byte(body)))
+	return nil
+}
+
+// unkept logs that a version in force is not on the disk: that must lock nobody out,
+// and Run tries again.
+func (s *Store) unkept(err error) {
+	if err != nil {
+		s.log.Error("the ledger is in force but not in its file; writing it is tried again", "error", err)
+	}
 }
 
 // ledgerTries bounds how often a change is tried against other replicas' changes.
@@ -166,7 +215,7 @@ const ledgerTries = 16
 
 // UpdateLedger changes the ledger: change gets a copy of the newest one and is called
 // again if another replica was faster. The result is in the file when this returns,
-// and must not be modified.
+// and must not be modified; if the file cannot be written, nothing is changed.
 func (s *Store) UpdateLedger(ctx context.Context, change func(*Ledger) error) (Ledger, error) {
 	// All in all as long as one call may take, the wait for other changes included.
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
@@ -195,12 +244,18 @@ func (s *Store) UpdateLedger(ctx context.Context, change func(*Ledger) error) (L
 		if err != nil {
 			return Ledger{}, fmt.Errorf("encode the ledger: %w", err)
 		}
+		keep, drop, err := s.ledger.stage(next, body)
+		if err != nil {
+			return Ledger{}, fmt.Errorf("update the ledger: %w", err)
+		}
+		defer drop() // a staged file of each try, at most
 		now, other, err := s.compareLedger(ctx, version, body, true)
 		if err != nil {
 			return Ledger{}, err
 		}
 		if now == version && other == "" {
-			return next, s.ledger.keep(next, body)
+			s.unkept(keep())
+			return next, nil
 		}
 		// Another replica was faster, or the store was emptied just now.
 	}

@@ -185,6 +185,9 @@ func (s *Store) follow(ctx context.Context) error {
 		if _, err := s.ReadLedger(ctx); err != nil && ctx.Err() == nil {
 			s.log.Warn("the ledger cannot be followed now", "error", err)
 		}
+		if err := s.ledger.retry(); err != nil {
+			s.log.Warn("the ledger cannot be written now", "error", err)
+		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()

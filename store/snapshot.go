@@ -96,33 +96,43 @@ func decodeSnapshot(body []byte) ([]any, error) {
 	return triples, nil
 }
 
-// writeFile replaces a file as a whole: a temporary one, readable by the owner only,
-// is synced and renamed over it.
-func writeFile(path string, body []byte) (err error) {
-	dir := filepath.Dir(path)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	file, err := os.CreateTemp(dir, filepath.Base(path)+".*.tmp") // mode 0600
+// writeFile replaces a file, whole or not at all, and durably.
+func writeFile(path string, body []byte) error {
+	staged, err := stageFile(path, body)
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			_ = os.Remove(file.Name())
-		}
-	}()
+	return putFile(staged, path)
+}
+
+// stageFile writes body durably into a new file beside path, for putFile.
+func stageFile(path string, body []byte) (staged string, err error) {
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", err
+	}
+	file, err := os.CreateTemp(dir, filepath.Base(path)+".*.tmp") // mode 0600
+	if err != nil {
+		return "", err
+	}
 	_, err = file.Write(body)
 	if err == nil {
 		err = file.Sync()
 	}
 	if err = errors.Join(err, file.Close()); err != nil {
+		_ = os.Remove(file.Name())
+		return "", err
+	}
+	return file.Name(), nil
+}
+
+// putFile puts a staged file in the place of path; on failure it is gone.
+func putFile(staged, path string) error {
+	if err := os.Rename(staged, path); err != nil {
+		_ = os.Remove(staged)
 		return err
 	}
-	if err = os.Rename(file.Name(), path); err != nil {
-		return err
-	}
-	return syncDir(dir)
+	return syncDir(filepath.Dir(path))
 }
 
 // syncDir makes a new or renamed file's name durable.
