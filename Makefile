@@ -59,7 +59,7 @@ lint: $(LINT) ## linters, floors, formatting, checksums, and a build for macOS
 
 .PHONY: bench
 bench: packages $(STAT) ## run the benchmarks (COUNT=5 for a spread); figures go to .cache/bench.txt
-	go test -run '^$$' -bench . -benchmem -count $(COUNT) -timeout 30m ./... | tee .cache/bench.txt
+	go test -run '^$$' -bench . -benchmem -count $(COUNT) -timeout 60m ./... | tee .cache/bench.txt
 	$(STAT) .cache/bench.txt
 
 .PHONY: fuzz
