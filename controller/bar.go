@@ -32,20 +32,20 @@ func refused(err error) bool {
 }
 
 // bar keeps jobs whose runners GitHub refuses from holding VMs that others could use.
-func (c *Controller) bar(claim fleet.Claim, err error) {
-	c.deputed.Lock()
-	defer c.deputed.Unlock()
-	c.barred[place{claim.Scope, claim.Group}] = bar{time.Now().Add(barredFor), err.Error()}
+func (c *Controller) bar(claim fleet.Claim, now time.Time, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.barred[place{claim.Scope, claim.Group}] = bar{now.Add(barredFor), err.Error()}
 	c.metrics.errandsFailed.Inc()
-	c.Log.Warn("GitHub refuses runners; jobs there wait", "scope", claim.Scope, "group", claim.Group, "again_in", barredFor, "error", err)
+	c.c.Log.Warn("GitHub refuses runners; jobs there wait", "scope", claim.Scope, "group", claim.Group, "again_in", barredFor, "error", err)
 }
 
 // isBarred returns why and until when a place is left alone.
-func (c *Controller) isBarred(p place) (said string, yes bool) {
-	c.deputed.Lock()
-	defer c.deputed.Unlock()
+func (c *Controller) isBarred(p place, now time.Time) (said string, yes bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	b := c.barred[p]
-	if !time.Now().Before(b.until) {
+	if !now.Before(b.until) {
 		return "", false
 	}
 	return fmt.Sprintf("GitHub refuses runners at %s: %s; the next try is at %s", p.scope, b.why, b.until.Format(time.TimeOnly)), true

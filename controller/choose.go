@@ -44,7 +44,7 @@ func (c *Controller) snapshot(p *pass) placement.Snapshot {
 		Now: p.now, Images: map[string]fleet.Image{}, Running: map[string]int{},
 		Durations: c.predict,
 	}
-	s.Pools = append(s.Pools, c.Pools...)
+	s.Pools = append(s.Pools, c.c.Pools...)
 	for _, id := range p.unmet {
 		if !c.isDoubted(id) {
 			s.Jobs = append(s.Jobs, *p.view.Jobs[id])
@@ -151,7 +151,7 @@ func (c *Controller) order(ctx context.Context, p *pass, plan placement.Plan) er
 		if slices.EqualFunc(next.Hold, before.Hold, sameHold) && slices.Equal(next.Evict, before.Evict) {
 			continue
 		}
-		err := c.Store.Commit(ctx, store.Txn{Term: &p.term, Orders: []fleet.Orders{*next}, Events: orderEvents(p, before, next)})
+		err := c.c.Store.Commit(ctx, store.Txn{Term: &p.term, Orders: []fleet.Orders{*next}, Events: orderEvents(p, before, next)})
 		if err != nil && !errors.Is(err, store.ErrConflict) {
 			return err
 		}
@@ -163,7 +163,7 @@ func (c *Controller) order(ctx context.Context, p *pass, plan placement.Plan) er
 func (c *Controller) neededImages(p *pass) map[fleet.Digest]bool {
 	needed := map[fleet.Digest]bool{}
 	for _, id := range p.unmet {
-		pool, _, refusal := placement.PoolFor(c.Pools, *p.view.Jobs[id])
+		pool, _, refusal := placement.PoolFor(c.c.Pools, *p.view.Jobs[id])
 		if image := p.view.Images[pool.Image]; !refusal.Refused() && image != nil {
 			needed[image.Digest] = true
 		}

@@ -13,7 +13,8 @@
 //
 // Step writes to the store and asks nobody else. What GitHub must be asked (registering
 // a runner, deleting one) is written down as an intent on the VM's record and carried
-// out by Errands, the second loop here; Resolver, the third, turns tags into digests.
+// out by Errands, the second loop here: an errand is one question or request to GitHub
+// on behalf of one VM or job. Resolver, the third loop, turns tags into digests.
 // Every write is fenced by the leader's term, so two controllers never undo each other.
 //
 // It is not the node's judge: what lives on a node only the node says, and nothing is
@@ -93,9 +94,9 @@ type Config struct {
 
 // Controller is the leader of a fleet, or stands by to be.
 type Controller struct {
-	Config
+	c       Config
 	metrics metrics
-	deputed sync.Mutex // guards what Errands and Explain read of the last Step
+	mu      sync.Mutex // guards what Errands and Explain share with Step
 	term    store.Term
 	leading bool
 	limited map[string]time.Time // by lower-case owner: GitHub answers no sooner
@@ -106,7 +107,7 @@ type Controller struct {
 	learned  map[fleet.JobID]bool
 	sweptAt  time.Time
 	resolved map[string]fleet.Image
-	// unresolved is why, by reference; guarded by deputed.
+	// unresolved is why, by reference; guarded by mu.
 	unresolved map[string]string
 
 	history   sync.Mutex               // guards Durations, which Step, Explain and Save share
@@ -141,7 +142,7 @@ func New(c Config) (*Controller, error) {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
 	return &Controller{
-		Config: c, metrics: newMetrics(c.Metrics),
+		c: c, metrics: newMetrics(c.Metrics),
 		known: map[fleet.NodeID]bool{}, learned: map[fleet.JobID]bool{},
 		resolved: map[string]fleet.Image{}, unresolved: map[string]string{}, errand: map[fleet.VMID]bool{}, notBefore: map[fleet.VMID]time.Time{}, busy: map[fleet.VMID]time.Time{}, barred: map[place]bar{}, limited: map[string]time.Time{}, doubts: map[fleet.JobID]doubt{},
 	}, nil
@@ -152,10 +153,10 @@ func New(c Config) (*Controller, error) {
 func (c *Controller) Run(ctx context.Context) error {
 	defer c.resign(ctx)
 	for ctx.Err() == nil {
-		changed := c.Store.Notify(store.Anything)
+		changed := c.c.Store.Notify(store.Anything)
 		began := time.Now()
 		if err := c.Step(ctx, began); err != nil && ctx.Err() == nil {
-			c.Log.Error("a pass failed and is repeated", "error", err)
+			c.c.Log.Error("a pass failed and is repeated", "error", err)
 		}
 		took := time.Since(began)
 		c.metrics.step.Observe(took.Seconds())
@@ -184,15 +185,15 @@ func rest(ctx context.Context, changed <-chan struct{}, d time.Duration) bool {
 func (c *Controller) resign(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 	defer cancel()
-	if err := c.Store.Resign(ctx, c.Who); err != nil {
-		c.Log.Warn("the lease was not given back; it runs out by itself", "error", err)
+	if err := c.c.Store.Resign(ctx, c.c.Who); err != nil {
+		c.c.Log.Warn("the lease was not given back; it runs out by itself", "error", err)
 	}
 }
 
 // Step is one pass at the time now, as the package comment lists it.
 func (c *Controller) Step(ctx context.Context, now time.Time) error {
-	term, leader, err := c.Store.Lead(ctx, c.Who, lease)
-	c.depute(term, leader && err == nil)
+	term, leader, err := c.c.Store.Lead(ctx, c.c.Who, lease)
+	c.setTerm(term, leader && err == nil)
 	if err != nil || !leader {
 		return wrap("take the lease", err)
 	}
@@ -220,12 +221,12 @@ func (c *Controller) Step(ctx context.Context, now time.Time) error {
 	return nil
 }
 
-// depute tells Errands and Explain for which term they act.
-func (c *Controller) depute(term store.Term, leading bool) {
-	c.deputed.Lock()
-	defer c.deputed.Unlock()
+// setTerm tells Errands and Explain for which term they act.
+func (c *Controller) setTerm(term store.Term, leading bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if leading && !c.leading {
-		c.Log.Info("leading", "epoch", term.Epoch)
+		c.c.Log.Info("leading", "epoch", term.Epoch)
 	}
 	c.term, c.leading = term, leading
 	c.metrics.leader.Set(map[bool]float64{true: 1}[leading])
@@ -233,14 +234,14 @@ func (c *Controller) depute(term store.Term, leading bool) {
 
 // Leading reports whether this replica led at its last pass.
 func (c *Controller) Leading() bool {
-	_, leading := c.office()
+	_, leading := c.currentTerm()
 	return leading
 }
 
-// office returns the term, if this replica leads.
-func (c *Controller) office() (store.Term, bool) {
-	c.deputed.Lock()
-	defer c.deputed.Unlock()
+// currentTerm returns the term, if this replica leads.
+func (c *Controller) currentTerm() (store.Term, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	return c.term, c.leading
 }
 
@@ -248,14 +249,14 @@ func (c *Controller) office() (store.Term, bool) {
 func (c *Controller) predict(repository, name string) (time.Duration, bool) {
 	c.history.Lock()
 	defer c.history.Unlock()
-	return c.Durations.Predict(repository, name)
+	return c.c.Durations.Predict(repository, name)
 }
 
 // SaveHistory writes what was learned of durations, to be loaded at the next start.
 func (c *Controller) SaveHistory(w io.Writer) error {
 	c.history.Lock()
 	defer c.history.Unlock()
-	return c.Durations.Save(w)
+	return c.c.Durations.Save(w)
 }
 
 func wrap(what string, err error) error {

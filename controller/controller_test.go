@@ -206,8 +206,7 @@ func TestLostAnswer(t *testing.T) {
 	if claim := w.only().Claim; claim != nil {
 		t.Fatalf("claim %+v; want none after it was settled", claim)
 	}
-	w.c.notBefore = map[fleet.VMID]time.Time{} // the back-off of 2 s is over
-	w.pass(3 * time.Second)
+	w.pass(3 * time.Second) // the back-off of 2 s is over
 	vm := w.only()
 	if vm.Claim == nil || vm.Claim.RunnerID == 0 || vm.Attempt != 2 {
 		t.Fatalf("VM %+v; want its second runner", vm)
@@ -287,7 +286,7 @@ func TestFollower(t *testing.T) {
 	if n := len(w.live()); n != 1 {
 		t.Fatalf("%d VMs after the takeover; want 1", n)
 	}
-	term, _ := leader.office()
+	term, _ := leader.currentTerm()
 	vm := *w.only()
 	vm.Destroy = true
 	err := w.store.Commit(t.Context(), store.Txn{Term: &term, VMs: []fleet.VM{vm}})
@@ -365,8 +364,8 @@ func TestGhosts(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	term, _ := w.c.office()
-	if err := w.c.exorcise(t.Context(), term); err != nil {
+	term, _ := w.c.currentTerm()
+	if err := w.c.removeGhosts(t.Context(), term); err != nil {
 		t.Fatal(err)
 	}
 	if names := w.github.names(); len(names) != 2 {
@@ -426,9 +425,9 @@ func TestExplainNoPool(t *testing.T) {
 // to a pool that comes later in the file.
 func TestFailingPoolKeepsItsJobs(t *testing.T) {
 	w := newWorld(t)
-	later := w.c.Pools[0]
+	later := w.c.c.Pools[0]
 	later.Name = "later"
-	w.c.Pools = append(w.c.Pools, later)
+	w.c.c.Pools = append(w.c.c.Pools, later)
 	w.image()
 	w.report("mac-1", fleet.ImageReady)
 	job := w.queue()
@@ -453,8 +452,8 @@ func TestNoGhosts(t *testing.T) {
 	w.pass(0)
 	var vm *fleet.VM
 	w.github.listed = func() { vm, _ = w.registered() }
-	term, _ := w.c.office()
-	if err := w.c.exorcise(t.Context(), term); err != nil {
+	term, _ := w.c.currentTerm()
+	if err := w.c.removeGhosts(t.Context(), term); err != nil {
 		t.Fatal(err)
 	}
 	if names := w.github.names(); len(names) != 1 || names[0] != vm.Claim.Runner {
@@ -472,8 +471,8 @@ func TestNoGhosts(t *testing.T) {
 	if _, err := w.github.MintRunner(t.Context(), "acme", "paddock-test-abcdefgh-1", 1, nil); err != nil {
 		t.Fatal(err)
 	}
-	term, _ = w.c.office()
-	if err := w.c.exorcise(t.Context(), term); err != nil {
+	term, _ = w.c.currentTerm()
+	if err := w.c.removeGhosts(t.Context(), term); err != nil {
 		t.Fatal(err)
 	}
 	if names := w.github.names(); len(names) != 1 {
@@ -516,7 +515,7 @@ func TestTwoShortJobs(t *testing.T) {
 // waits, and leaves nothing behind.
 func TestRefusedScope(t *testing.T) {
 	w := newWorld(t)
-	w.c.Pools[0].Scopes = []fleet.Scope{"other", "acme"}
+	w.c.c.Pools[0].Scopes = []fleet.Scope{"other", "acme"}
 	w.github.refuses = "other"
 	w.image()
 	w.report("mac-1", fleet.ImageReady)

@@ -35,8 +35,8 @@ func (c *Controller) doubtJob(p *pass, vm fleet.VM) {
 	if vm.State != fleet.VMRegistered || job == nil || job.Status != fleet.JobQueued {
 		return
 	}
-	c.deputed.Lock()
-	defer c.deputed.Unlock()
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if _, doubted := c.doubts[job.ID]; !doubted {
 		c.doubts[job.ID] = doubt{}
 	}
@@ -44,8 +44,8 @@ func (c *Controller) doubtJob(p *pass, vm fleet.VM) {
 
 // isDoubted reports whether GitHub has yet to say what has become of a job.
 func (c *Controller) isDoubted(id fleet.JobID) bool {
-	c.deputed.Lock()
-	defer c.deputed.Unlock()
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	_, doubted := c.doubts[id]
 	return doubted
 }
@@ -69,8 +69,8 @@ func (c *Controller) askDoubts(ctx context.Context, view *store.View, now time.T
 
 // dueDoubts are the jobs to be asked about now, marked as being asked about.
 func (c *Controller) dueDoubts(view *store.View, now time.Time) []fleet.Job {
-	c.deputed.Lock()
-	defer c.deputed.Unlock()
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	var due []fleet.Job
 	for id, d := range c.doubts {
 		job := view.Jobs[id]
@@ -95,13 +95,13 @@ func ownerOf(job *fleet.Job) string { return strings.ToLower(fleet.Scope(job.Rep
 
 // askJob asks GitHub for the job and merges the answer, as any other news of it.
 func (c *Controller) askJob(ctx context.Context, now time.Time, job fleet.Job) error {
-	told, err := c.GitHub.Job(ctx, job.Repository, job.ID)
+	told, err := c.c.GitHub.Job(ctx, job.Repository, job.ID)
 	var refused *github.Refused
 	switch {
 	case errors.Is(err, github.ErrNotFound):
 		// Deleted with its run or its repository: GitHub will never say another word.
 		told = fleet.Job{Status: fleet.JobCompleted, Conclusion: "cancelled", CompletedAt: now}
-		c.Log.Info("GitHub does not know the job any more", "job", job.ID)
+		c.c.Log.Info("GitHub does not know the job any more", "job", job.ID)
 	case errors.As(err, &refused) && refused.Status == http.StatusForbidden:
 		return nil // the App may not ask: the job is believed to wait
 	case err != nil:
@@ -117,14 +117,14 @@ func (c *Controller) askJob(ctx context.Context, now time.Time, job fleet.Job) e
 	if news.Status == fleet.JobWaiting && news.Gate == 0 {
 		news.Gate = now.UnixMilli() // a gate closed since; GitHub does not say when
 	}
-	_, err = c.Store.MergeJob(ctx, store.Delivery{At: now, Job: news})
+	_, err = c.c.Store.MergeJob(ctx, store.Delivery{At: now, Job: news})
 	return wrap(fmt.Sprintf("merge job %d", job.ID), err)
 }
 
 // doubtSettled ends a job's doubt, or has it asked about again after an error.
 func (c *Controller) doubtSettled(job fleet.Job, now time.Time, err error) {
-	c.deputed.Lock()
-	defer c.deputed.Unlock()
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if err == nil {
 		delete(c.doubts, job.ID)
 		return
@@ -135,5 +135,5 @@ func (c *Controller) doubtSettled(job fleet.Job, now time.Time, err error) {
 		c.limited[ownerOf(&job)] = limited.Until
 	}
 	c.metrics.errandsFailed.Inc()
-	c.Log.Warn("asking GitHub for a job failed and is repeated", "job", job.ID, "error", err)
+	c.c.Log.Warn("asking GitHub for a job failed and is repeated", "job", job.ID, "error", err)
 }

@@ -23,7 +23,7 @@ func (c *Controller) Explain(ctx context.Context, id fleet.JobID) (placement.Exp
 
 // explain is Explain at the time now.
 func (c *Controller) explain(ctx context.Context, now time.Time, id fleet.JobID) (placement.Explanation, error) {
-	view, err := c.Store.View(ctx)
+	view, err := c.c.Store.View(ctx)
 	if err != nil {
 		return placement.Explanation{}, err
 	}
@@ -45,11 +45,11 @@ func (c *Controller) explain(ctx context.Context, now time.Time, id fleet.JobID)
 	if said := settledWord(job); said != "" {
 		return placement.Explanation{Job: id, Age: p.now.Sub(job.CreatedAt), Wait: said}, nil
 	}
-	pool, scope, refusal := placement.PoolFor(c.Pools, *job)
+	pool, scope, refusal := placement.PoolFor(c.c.Pools, *job)
 	if refusal.Refused() { // Match leaves it out, as none of ours
 		return placement.Explanation{Job: id, Age: p.now.Sub(job.CreatedAt), Refusal: refusal}, nil
 	}
-	if said, barred := c.isBarred(place{scope, pool.RunnerGroup()}); barred {
+	if said, barred := c.isBarred(place{scope, pool.RunnerGroup()}, now); barred {
 		return placement.Explanation{Job: id, Pool: pool.Name, Scope: scope, Age: p.now.Sub(job.CreatedAt), Wait: said}, nil
 	}
 	if c.isDoubted(id) {
@@ -60,7 +60,7 @@ func (c *Controller) explain(ctx context.Context, now time.Time, id fleet.JobID)
 		said := fmt.Sprintf("VMs of pool %s failed on every node; the next try is at %s", pool.Name, until.Format(time.TimeOnly))
 		return placement.Explanation{Job: id, Pool: pool.Name, Age: p.now.Sub(job.CreatedAt), Wait: said}, nil
 	}
-	p.unmet = runner.Match(p.jobs, vms, c.poolOf, c.Fleet).Unmet
+	p.unmet = runner.Match(p.jobs, vms, c.poolOf(now), c.c.Fleet).Unmet
 	explanation, found := placement.Explain(c.snapshot(p), id)
 	if !found {
 		return placement.Explanation{Job: id, Age: p.now.Sub(job.CreatedAt), Wait: "a VM that is coming up will take it"}, nil

@@ -46,8 +46,8 @@ func (c *Controller) failing(p *pass) failing {
 			f.on[at] = until
 		}
 	}
-	for i := range c.Pools {
-		pool := &c.Pools[i]
+	for i := range c.c.Pools {
+		pool := &c.c.Pools[i]
 		until := records[spot{pool.Name, ""}].backOff()
 		if p.now.Before(until) && p.failedEverywhere(pool, records) {
 			f.pools[pool.Name] = until

@@ -3,6 +3,7 @@ package controller
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/placement"
@@ -22,7 +23,7 @@ func (c *Controller) match(ctx context.Context, p *pass) error {
 			vms = append(vms, &vm)
 		}
 	}
-	matching := runner.Match(append(c.ended(p, vms), p.jobs...), vms, c.poolOf, c.Fleet)
+	matching := runner.Match(append(c.ended(p, vms), p.jobs...), vms, c.poolOf(p.now), c.c.Fleet)
 	p.unmet, p.surplus = matching.Unmet, matching.Surplus
 	for _, vm := range vms {
 		job, changed := matching.Set[vm.ID]
@@ -83,15 +84,17 @@ func (c *Controller) ended(p *pass, vms []*fleet.VM) []*fleet.Job {
 	return jobs
 }
 
-// poolOf is the pool and scope whose VMs may take the job; none where GitHub refuses
-// runners at present.
-func (c *Controller) poolOf(j *fleet.Job) (fleet.PoolName, fleet.Scope, bool) {
-	pool, scope, refusal := placement.PoolFor(c.Pools, *j)
-	if refusal.Refused() {
-		return "", "", false
+// poolOf finds the pool and scope whose VMs may take a job; none where GitHub refuses
+// runners at the time now.
+func (c *Controller) poolOf(now time.Time) runner.PoolOf {
+	return func(j *fleet.Job) (fleet.PoolName, fleet.Scope, bool) {
+		pool, scope, refusal := placement.PoolFor(c.c.Pools, *j)
+		if refusal.Refused() {
+			return "", "", false
+		}
+		_, barred := c.isBarred(place{scope, pool.RunnerGroup()}, now)
+		return pool.Name, scope, !barred
 	}
-	_, barred := c.isBarred(place{scope, pool.RunnerGroup()})
-	return pool.Name, scope, !barred
 }
 
 // claim writes the intent to register a runner in each warm VM that a queued job is
@@ -106,14 +109,14 @@ func (c *Controller) claim(ctx context.Context, p *pass) error {
 		if job == nil || job.Status != fleet.JobQueued {
 			continue
 		}
-		pool, scope, refusal := placement.PoolFor(c.Pools, *job)
+		pool, scope, refusal := placement.PoolFor(c.c.Pools, *job)
 		if refusal.Refused() || pool.Name != vm.Pool {
 			continue
 		}
 		vm.Attempt++
 		vm.Claim = &fleet.Claim{
 			Scope: scope, Group: pool.RunnerGroup(), Labels: job.Labels,
-			Runner: fleet.RunnerName(c.Fleet, vm.ID, vm.Attempt), Epoch: p.term.Epoch, At: p.now,
+			Runner: fleet.RunnerName(c.c.Fleet, vm.ID, vm.Attempt), Epoch: p.term.Epoch, At: p.now,
 		}
 		e := fleet.Event{Kind: "runner.claimed", Text: fmt.Sprintf("runner %s is to be registered at %s", vm.Claim.Runner, scope)}
 		if _, err := c.write(ctx, p, vm, e, job.ID); err != nil {

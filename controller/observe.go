@@ -30,7 +30,7 @@ type pass struct {
 // ledger or from before has reported, or two sync periods have passed: until then an
 // absent VM may only be one whose node has not spoken yet.
 func (c *Controller) observe(ctx context.Context, term store.Term, now time.Time) (*pass, error) {
-	view, err := c.Store.View(ctx)
+	view, err := c.c.Store.View(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -47,13 +47,13 @@ func (c *Controller) observe(ctx context.Context, term store.Term, now time.Time
 			return nil, err
 		}
 		if len(missing) > 0 && now.Sub(view.Born) < settleAtMost {
-			c.Log.Debug("a new incarnation waits for its nodes", "missing", len(missing))
+			c.c.Log.Debug("a new incarnation waits for its nodes", "missing", len(missing))
 			return p, nil
 		}
-		c.deputed.Lock()
+		c.mu.Lock()
 		c.settled = view.Incarnation
-		c.deputed.Unlock()
-		c.Log.Info("incarnation settled", "incarnation", view.Incarnation, "nodes", len(view.Nodes), "silent", len(missing))
+		c.mu.Unlock()
+		c.c.Log.Info("incarnation settled", "incarnation", view.Incarnation, "nodes", len(view.Nodes), "silent", len(missing))
 	}
 	for id := range view.Nodes {
 		c.known[id] = true
@@ -65,14 +65,14 @@ func (c *Controller) observe(ctx context.Context, term store.Term, now time.Time
 
 // hasSettled reports whether the nodes have had their time to report in the incarnation.
 func (c *Controller) hasSettled(incarnation string) bool {
-	c.deputed.Lock()
-	defer c.deputed.Unlock()
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	return c.settled == incarnation
 }
 
 // missing lists the nodes that are known but have not reported in this incarnation.
 func (c *Controller) missing(ctx context.Context, view *store.View) ([]fleet.NodeID, error) {
-	ledger, err := c.Store.ReadLedger(ctx)
+	ledger, err := c.c.Store.ReadLedger(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("read the ledger: %w", err)
 	}
@@ -106,7 +106,7 @@ func (c *Controller) write(ctx context.Context, p *pass, vm fleet.VM, e fleet.Ev
 	if e.Kind != "" {
 		txn.Events = []fleet.Event{e}
 	}
-	err := c.Store.Commit(ctx, txn)
+	err := c.c.Store.Commit(ctx, txn)
 	if errors.Is(err, store.ErrConflict) {
 		return false, nil
 	}
@@ -115,7 +115,7 @@ func (c *Controller) write(ctx context.Context, p *pass, vm fleet.VM, e fleet.Ev
 	}
 	p.vms[vm.ID], p.written[vm.ID] = vm, true
 	if e.Kind != "" {
-		c.Log.Info("decided", "event", e.Kind, "runner", vm.ID, "node", vm.Node, "pool", vm.Pool, "job", e.Job, "reason", e.Text)
+		c.c.Log.Info("decided", "event", e.Kind, "vm", vm.ID, "node", vm.Node, "pool", vm.Pool, "job", e.Job, "reason", e.Text)
 	}
 	return true, nil
 }
@@ -207,9 +207,9 @@ func (c *Controller) deadlines(pool fleet.PoolName) fleet.Deadlines {
 }
 
 func (c *Controller) pool(name fleet.PoolName) *fleet.Pool {
-	for i := range c.Pools {
-		if c.Pools[i].Name == name {
-			return &c.Pools[i]
+	for i := range c.c.Pools {
+		if c.c.Pools[i].Name == name {
+			return &c.c.Pools[i]
 		}
 	}
 	return nil

@@ -13,7 +13,7 @@ import (
 // same, and only the first one's job is told of the limit.
 func TestLimitOfOneOrganization(t *testing.T) {
 	w := newWorld(t)
-	w.c.Pools[0].Scopes = []fleet.Scope{"acme", "other"}
+	w.c.c.Pools[0].Scopes = []fleet.Scope{"acme", "other"}
 	w.github.limits, w.github.limited = "acme", w.now.Add(time.Hour)
 	w.image()
 	w.report("mac-1", fleet.ImageReady)
@@ -50,7 +50,7 @@ func TestLimitOfOneOrganization(t *testing.T) {
 func TestSilentListing(t *testing.T) {
 	w := newWorld(t)
 	w.github.silent = make(chan struct{})
-	w.c.GhostsEvery = time.Millisecond
+	w.c.c.GhostsEvery = time.Millisecond
 	w.image()
 	w.report("mac-1", fleet.ImageReady)
 	w.queue()

@@ -18,10 +18,10 @@ const resolveRetry = 10 * time.Second
 func (c *Controller) Resolver(ctx context.Context) error {
 	due := map[string]time.Time{}
 	for ctx.Err() == nil {
-		changed := c.Store.Notify(store.Anything)
-		if _, leading := c.office(); leading && c.Resolve != nil {
+		changed := c.c.Store.Notify(store.Anything)
+		if _, leading := c.currentTerm(); leading && c.c.Resolve != nil {
 			if err := c.resolveDue(ctx, due); err != nil && ctx.Err() == nil {
-				c.Log.Warn("images are not resolved yet", "error", err)
+				c.c.Log.Warn("images are not resolved yet", "error", err)
 			}
 		}
 		// Woken by changes too, since an emptied store has lost the answers.
@@ -34,22 +34,22 @@ func (c *Controller) Resolver(ctx context.Context) error {
 
 // resolveDue resolves what is due or missing in the store.
 func (c *Controller) resolveDue(ctx context.Context, due map[string]time.Time) error {
-	view, err := c.Store.View(ctx)
+	view, err := c.c.Store.View(ctx)
 	if err != nil {
 		return err
 	}
 	var failed error
-	for _, pool := range c.Pools {
+	for _, pool := range c.c.Pools {
 		ref := pool.Image
 		image, known := c.resolved[ref]
 		if now := time.Now(); !now.Before(due[ref]) {
-			fresh, err := c.Resolve(ctx, ref)
+			fresh, err := c.c.Resolve(ctx, ref)
 			c.noteUnresolved(ref, err)
 			if err != nil {
 				due[ref] = now.Add(resolveRetry)
 				failed = errors.Join(failed, fmt.Errorf("resolve the image of pool %s: %w", pool.Name, err))
 			} else {
-				due[ref] = now.Add(c.ResolveEvery)
+				due[ref] = now.Add(c.c.ResolveEvery)
 				c.resolved[ref], image, known = fresh, fresh, true
 			}
 		}
@@ -64,20 +64,20 @@ func (c *Controller) resolveDue(ctx context.Context, due map[string]time.Time) e
 }
 
 func (c *Controller) publish(ctx context.Context, image fleet.Image) error {
-	term, leading := c.office()
+	term, leading := c.currentTerm()
 	if !leading {
 		return nil
 	}
-	c.Log.Info("image.resolved", "image", image.Ref, "digest", image.Digest)
-	return c.Store.Commit(ctx, store.Txn{Term: &term, Images: []fleet.Image{image}, Events: []fleet.Event{{
+	c.c.Log.Info("image.resolved", "image", image.Ref, "digest", image.Digest)
+	return c.c.Store.Commit(ctx, store.Txn{Term: &term, Images: []fleet.Image{image}, Events: []fleet.Event{{
 		At: time.Now(), Kind: "image.resolved", Image: image.Digest, Actor: "leader", Text: image.Ref,
 	}}})
 }
 
 // noteUnresolved keeps why a reference could not be resolved, for Explain; nil: it was.
 func (c *Controller) noteUnresolved(ref string, err error) {
-	c.deputed.Lock()
-	defer c.deputed.Unlock()
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if err == nil {
 		delete(c.unresolved, ref)
 		return
@@ -87,8 +87,8 @@ func (c *Controller) noteUnresolved(ref string, err error) {
 
 // whyUnresolved is what the registry said of a reference, as far as this replica asked.
 func (c *Controller) whyUnresolved(ref string) string {
-	c.deputed.Lock()
-	defer c.deputed.Unlock()
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if why, asked := c.unresolved[ref]; asked {
 		return fmt.Sprintf("image %s: %s", ref, why)
 	}

@@ -37,7 +37,7 @@ func (c *Controller) sweep(ctx context.Context, p *pass) error {
 		}
 	}
 	if len(txn.DropVMs)+len(txn.DropJobs) > 0 {
-		if err := c.Store.Commit(ctx, txn); err != nil && !errors.Is(err, store.ErrConflict) {
+		if err := c.c.Store.Commit(ctx, txn); err != nil && !errors.Is(err, store.ErrConflict) {
 			return err
 		}
 	}
@@ -45,7 +45,7 @@ func (c *Controller) sweep(ctx context.Context, p *pass) error {
 		return nil
 	}
 	c.sweptAt = p.now
-	_, err := c.Store.SweepTombstones(ctx, p.term, p.now.Add(-tombstoneKept))
+	_, err := c.c.Store.SweepTombstones(ctx, p.term, p.now.Add(-tombstoneKept))
 	return err
 }
 
@@ -67,6 +67,6 @@ func (c *Controller) learn(job *fleet.Job) {
 	c.history.Lock()
 	defer c.history.Unlock()
 	if d := job.CompletedAt.Sub(job.StartedAt); d > 0 {
-		c.Durations.Observe(job.Repository, job.Name, d, job.CompletedAt)
+		c.c.Durations.Observe(job.Repository, job.Name, d, job.CompletedAt)
 	}
 }

@@ -81,12 +81,12 @@ func (w *world) pass(later time.Duration) {
 
 func (w *world) errands() {
 	w.t.Helper()
-	term, leading := w.c.office()
+	term, leading := w.c.currentTerm()
 	if !leading {
 		return
 	}
 	var running sync.WaitGroup
-	w.c.setOut(w.t.Context(), term, w.now, make(chan struct{}, errandsAtOnce), &running)
+	w.c.setOut(w.t.Context(), turn{term, w.now}, make(chan struct{}, errandsAtOnce), &running)
 	running.Wait()
 }
 
