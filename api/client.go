@@ -125,18 +125,19 @@ func transport(c Config) (http.RoundTripper, error) {
 }
 
 // Sync makes one exchange for a node; it may be parked for r.Wait. A renewed credential
-// in the reply is used from then on.
+// in the reply is the caller's to keep, and then to use: see SetToken.
 func (c *Client) Sync(ctx context.Context, r SyncRequest) (SyncReply, error) {
 	// A parked call answers after Wait; what takes much longer is a lost connection.
 	ctx, cancel := context.WithTimeout(ctx, r.Wait+callTime)
 	defer cancel()
 	var reply SyncReply
 	err := c.do(ctx, http.MethodPost, path(RouteSync, string(r.Node.ID)), r, &reply)
-	if err == nil && reply.Credential != "" {
-		c.token.Store(&reply.Credential)
-	}
 	return reply, err
 }
+
+// SetToken has further calls go with another token. A node calls it with a renewed
+// credential once that is on its disk: its first use ends the old one.
+func (c *Client) SetToken(token string) { c.token.Store(&token) }
 
 // Join exchanges a join token for a node's credential.
 func (c *Client) Join(ctx context.Context, token string) (JoinReply, error) {

@@ -113,7 +113,9 @@ func TestCalls(t *testing.T) {
 	}
 }
 
-func TestSyncKeepsTheRenewedCredential(t *testing.T) {
+// A renewed credential is not used before its caller has kept it: its use ends the old
+// one, and an agent that had kept only that would be locked out at its next start.
+func TestRenewedCredentialUsedBeforeItIsKept(t *testing.T) {
 	d := newDouble(t, http.StatusOK, `{"revision":"r1","credential":"pdk_two"}`)
 	c := d.client(t)
 	reply, err := c.Sync(t.Context(), SyncRequest{Node: fleet.Node{ID: "mac1"}, Sequence: 3})
@@ -124,6 +126,13 @@ func TestSyncKeepsTheRenewedCredential(t *testing.T) {
 	if err := json.Unmarshal([]byte(d.sent), &sent); err != nil || sent.Sequence != 3 {
 		t.Fatalf("sent %s: %v", d.sent, err)
 	}
+	if _, err := c.Sync(t.Context(), SyncRequest{Node: fleet.Node{ID: "mac1"}}); err != nil {
+		t.Fatal(err)
+	}
+	if d.auth != "Bearer pdk_one" {
+		t.Errorf("used already: %s", d.auth)
+	}
+	c.SetToken(reply.Credential)
 	if _, err := c.Sync(t.Context(), SyncRequest{Node: fleet.Node{ID: "mac1"}}); err != nil {
 		t.Fatal(err)
 	}

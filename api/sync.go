@@ -82,7 +82,8 @@ type SyncReply struct {
 	Destroy []DestroyOrder `json:"destroy,omitempty"` // VMs to tear down now
 	Evict   []fleet.Digest `json:"evict,omitempty"`   // images that may go
 
-	// Credential is a renewed one, to be kept instead of the node's own; mostly empty.
+	// Credential is a renewed one, to be kept instead of the node's own; mostly empty. Its
+	// first use ends the old one.
 	Credential string `json:"credential,omitempty"`
 }
 

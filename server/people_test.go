@@ -4,18 +4,21 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/redis/go-redis/v9"
 
 	"github.com/paddock-ci/paddock/access"
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/github"
 	"github.com/paddock-ci/paddock/store"
+	"github.com/paddock-ci/paddock/store/storetest"
 )
 
 // A node joins by a token that an admin made; the token works once, for its name, and
@@ -326,5 +329,127 @@ func TestDelayMeasuredFromALaterDelivery(t *testing.T) {
 			t.Fatal(err)
 		}
 		check(t, "delay when it is "+action, nil, 500*time.Millisecond, phases(vm, h.view().Jobs[7]).Total())
+	}
+}
+
+// The old credential of a node is used again and again, as by an agent that cannot keep
+// the new one, or by whoever stole it. It has one successor at a time, not one for each
+// sync, and ends when its successor is used.
+func TestCredentialsPileUp(t *testing.T) {
+	h := newHouse(t)
+	m := h.mac("mac1")
+	h.advance(access.NodeLife - access.RenewBefore + time.Hour)
+	ledger := func() store.Ledger {
+		l, err := h.store.ReadLedger(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	first := m.say().Credential
+	for range 50 {
+		if again := m.say().Credential; first == "" || again != "" {
+			t.Fatal("not renewed, or renewed at once again")
+		}
+	}
+	if l := ledger(); len(l.Tokens) != 1 || l.Version != 1 {
+		t.Fatalf("%d credentials in force, ledger version %d", len(l.Tokens), l.Version)
+	}
+	// It seems to be lost: another one takes its place.
+	h.advance(renewAgain)
+	second := m.say().Credential
+	if l := ledger(); second == "" || len(l.Tokens) != 1 || len(l.Revoked) != 1 {
+		t.Fatalf("after an hour: %+v", l)
+	}
+	old := m.client
+	m.client = h.with(first)
+	if _, err := m.try(0); status(t, err) != http.StatusUnauthorized {
+		t.Errorf("the successor that was lost still works: %v", err)
+	}
+	m.client = h.with(second)
+	m.say()
+	m.client = old
+	if _, err := m.try(0); status(t, err) != http.StatusUnauthorized {
+		t.Errorf("the old credential still works: %v", err)
+	}
+	m.client = h.with(second)
+	m.say()
+	if l := ledger(); len(l.Tokens) != 1 || len(l.Revoked) != 2 || l.Tokens[0].Replaces != "" {
+		t.Errorf("at the end: %+v", l)
+	}
+}
+
+// A cordon set at one replica while another one's copy of the ledger is a second old.
+func TestCordonUndoneAtAnotherReplica(t *testing.T) {
+	h := newHouse(t)
+	m := h.mac("mac1")
+	operator := h.client(access.Operator, "olga")
+	two := httptest.NewServer(h.serve().Handler())
+	t.Cleanup(two.Close)
+	var err error
+	if m.client, err = api.New(api.Config{URL: two.URL, Token: h.token(access.Node, "mac1")}); err != nil {
+		t.Fatal(err)
+	}
+	m.say()
+	for _, on := range []bool{true, false} {
+		if on {
+			_, err = operator.Cordon(t.Context(), "mac1")
+		} else {
+			_, err = operator.Uncordon(t.Context(), "mac1")
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.advance(ledgerAge / 4)
+		m.say()
+		if got := h.view().Nodes["mac1"].Cordoned; got != on {
+			t.Errorf("cordoned %t after a sync at the other replica, want %t", got, on)
+		}
+	}
+}
+
+// The audit trail cannot be written: whoever made a token gets it all the same, since
+// nobody could ever show it again, and a node's one-time token is not spent for nothing.
+func TestSecretLostWithItsAuditEvent(t *testing.T) {
+	url, _ := storetest.StartRedis(t)
+	s, err := store.Open(t.Context(), store.Config{URL: url})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := newHouseOn(t, s)
+	admin := h.client(access.Admin, "ann")
+	if _, err := admin.CreateToken(t.Context(), api.TokenRequest{Name: "first", Role: "viewer"}); err != nil {
+		t.Fatal(err)
+	}
+	options, err := redis.ParseURL(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rdb := redis.NewClient(options)
+	defer func() { _ = rdb.Close() }()
+	keys, err := rdb.Keys(t.Context(), "*events").Result()
+	if err != nil || len(keys) != 1 {
+		t.Fatalf("keys %v, %v", keys, err)
+	}
+	if err := rdb.Set(t.Context(), keys[0], "not a list", 0).Err(); err != nil {
+		t.Fatal(err)
+	}
+	made, err := admin.CreateToken(t.Context(), api.TokenRequest{Name: "second", Role: "viewer"})
+	if err != nil || made.Token == "" {
+		t.Fatalf("%+v, %v", made, err)
+	}
+	join, err := admin.CreateToken(t.Context(), api.TokenRequest{Node: "mac1"})
+	if err != nil || join.Token == "" {
+		t.Fatalf("%+v, %v", join, err)
+	}
+	joined, err := h.with("").Join(t.Context(), join.Token)
+	if err != nil || joined.Credential == "" {
+		t.Fatalf("%+v, %v", joined, err)
+	}
+	if _, err := admin.RevokeToken(t.Context(), made.ID); err != nil {
+		t.Error(err)
+	}
+	if n := strings.Count(h.log.String(), "a change is not in the audit trail"); n != 4 {
+		t.Errorf("%d of 4 changes without an event were logged", n)
 	}
 }

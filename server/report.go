@@ -85,7 +85,8 @@ type move struct {
 	on runner.Event
 }
 
-// apply fills the transaction. It fails with what the node is told.
+// apply fills the transaction; cordoned is for a node that has no record. It fails with
+// what the node is told.
 func (r *report) apply(q *api.SyncRequest, cordoned bool) error {
 	r.txn = store.Txn{
 		Report:      &store.Report{Node: r.node, Session: q.Session, Sequence: q.Sequence},
@@ -116,7 +117,8 @@ func (r *report) self(q *api.SyncRequest, cordoned bool) bool {
 	n.Cordoned, n.SeenAt, n.JoinedAt, n.Rev = cordoned, r.now, r.now, 0
 	was := r.view.Nodes[r.node]
 	if was != nil {
-		n.JoinedAt, n.Rev = was.JoinedAt, was.Rev
+		// The copy of the ledger that the caller has may be older than the record.
+		n.JoinedAt, n.Rev, n.Cordoned = was.JoinedAt, was.Rev, was.Cordoned
 	}
 	r.txn.Nodes = []fleet.Node{n}
 	switch {

@@ -11,7 +11,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/paddock-ci/paddock/access"
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/store"
@@ -49,6 +48,7 @@ func (s *Server) sync(ctx context.Context, c call, q api.SyncRequest) (api.SyncR
 	if err != nil {
 		return api.SyncReply{}, err
 	}
+	s.used(ctx, c)
 	reply.Applied = q.Sequence
 	reply.Credential = s.renew(ctx, c)
 	return reply, nil
@@ -89,7 +89,7 @@ func (s *Server) take(ctx context.Context, node fleet.NodeID, q *api.SyncRequest
 // noted logs and counts what a report changed, once it is written.
 func (s *Server) noted(r *report) {
 	for _, e := range r.txn.Events {
-		s.log.Info("reported", "event", e.Kind, "node", e.Node, "runner", e.VM, "job", e.Job, "actor", e.Actor, "reason", e.Text)
+		s.log.Info("reported", "event", e.Kind, "node", e.Node, "vm", e.VM, "job", e.Job, "actor", e.Actor, "reason", e.Text)
 	}
 	for i := range r.moves {
 		m := &r.moves[i]
@@ -192,7 +192,7 @@ func vmOrder(vm *fleet.VM, pool *fleet.Pool) api.VMOrder {
 }
 
 // runnerOrder opens the JIT config of a claim. One that does not open (another fleet
-// key sealed it) is left to the leader, who settles claims that nobody takes up.
+// key sealed it) is left to the leader: the claimed VM runs out of time and is retired.
 func (s *Server) runnerOrder(vm *fleet.VM) (api.RunnerOrder, bool) {
 	jit, err := s.c.Key.Open(vm.Claim.Sealed, vm.ID, vm.Claim.Runner)
 	if err != nil {
@@ -222,25 +222,6 @@ func revision(reply api.SyncReply) (string, error) {
 	}
 	sum := sha256.Sum256(text)
 	return hex.EncodeToString(sum[:12]), nil // 96 bits: no two wills of a node meet
-}
-
-// renew hands out a new credential when the old one is about to end; "" if not. What
-// fails here is tried again at the next sync, for a month.
-func (s *Server) renew(ctx context.Context, c call) string {
-	now := s.c.Now() // the call may have been parked
-	if c.who.ExpiresAt.Sub(now) >= access.RenewBefore {
-		return ""
-	}
-	node := fleet.NodeID(c.id)
-	token, expires, err := s.issueNode(ctx, node, c.who.Actor(), now, func(*store.Ledger) error { return nil })
-	if err == nil {
-		err = s.audit(ctx, fleet.Event{At: now, Kind: "node.renewed", Node: node, Actor: c.who.Actor(), Text: "a new credential until " + expires.Format(time.DateOnly)})
-	}
-	if err != nil {
-		s.log.Error("a node's credential could not be renewed", "node", node, "ends", c.who.ExpiresAt, "error", err)
-		return ""
-	}
-	return string(token)
 }
 
 // bootDeadline is a pool's, or the default of a pool that is gone.

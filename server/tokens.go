@@ -21,13 +21,13 @@ const (
 	maxLife     = 366 * 24 * time.Hour
 )
 
-// audit writes a change's event and its log line.
-func (s *Server) audit(ctx context.Context, e fleet.Event) error {
+// audit writes a change's event and its log line. The change stands, so a failure is
+// logged and the caller still gets its answer: a secret that was made is shown once.
+func (s *Server) audit(ctx context.Context, e fleet.Event) {
 	s.log.Info("changed", "event", e.Kind, "node", e.Node, "actor", e.Actor, "reason", e.Text)
 	if err := s.c.Store.Commit(ctx, store.Txn{Events: []fleet.Event{e}}); err != nil {
-		return fmt.Errorf("write %s to the audit trail: %w", e.Kind, err)
+		s.log.Error("a change is not in the audit trail", "event", e.Kind, "node", e.Node, "actor", e.Actor, "error", err)
 	}
-	return nil
 }
 
 // join makes a node of whoever has an unused join token. Credentials that the name had
@@ -40,7 +40,7 @@ func (s *Server) join(ctx context.Context, c call, q api.JoinRequest) (api.JoinR
 	}
 	hash := access.Token(token).Hash()
 	actor := string(access.Node) + ":" + string(join.Node)
-	credential, expires, err := s.issueNode(ctx, join.Node, actor, c.now, func(l *store.Ledger) error {
+	credential, expires, err := s.issueNode(ctx, join.Node, "", actor, c.now, func(l *store.Ledger) error {
 		if err := use(l, hash, join, c.now); err != nil {
 			return err
 		}
@@ -54,8 +54,8 @@ func (s *Server) join(ctx context.Context, c call, q api.JoinRequest) (api.JoinR
 	if err != nil {
 		return api.JoinReply{}, err
 	}
-	reply := api.JoinReply{Node: join.Node, Credential: string(credential), ExpiresAt: expires, Fleet: s.c.Fleet}
-	return reply, s.audit(ctx, fleet.Event{At: c.now, Kind: "node.joined", Node: join.Node, Actor: actor, Text: fmt.Sprintf("node %s joined", join.Node)})
+	s.audit(ctx, fleet.Event{At: c.now, Kind: "node.joined", Node: join.Node, Actor: actor, Text: fmt.Sprintf("node %s joined", join.Node)})
+	return api.JoinReply{Node: join.Node, Credential: string(credential), ExpiresAt: expires, Fleet: s.c.Fleet}, nil
 }
 
 // use spends a join token; one that was spent before is refused.
@@ -93,8 +93,9 @@ func revoke(l *store.Ledger, t store.TokenRecord) {
 	l.Revoked[t.ID] = t.ExpiresAt
 }
 
-// issueNode signs a node's credential and records it together with change.
-func (s *Server) issueNode(ctx context.Context, node fleet.NodeID, by string, now time.Time, change func(*store.Ledger) error) (access.Token, time.Time, error) {
+// issueNode signs a node's credential and records it together with change; replaces is
+// the id of the one that it renews, "" if none.
+func (s *Server) issueNode(ctx context.Context, node fleet.NodeID, replaces, by string, now time.Time, change func(*store.Ledger) error) (access.Token, time.Time, error) {
 	id := access.Identity{ID: access.NewID(), Role: access.Node, Subject: string(node), IssuedAt: now, ExpiresAt: now.Add(access.NodeLife).Truncate(time.Second)}
 	token, err := s.c.Key.Sign(id)
 	if err != nil {
@@ -104,7 +105,9 @@ func (s *Server) issueNode(ctx context.Context, node fleet.NodeID, by string, no
 		if err := change(l); err != nil {
 			return err
 		}
-		l.Tokens = append(l.Tokens, record(id, now, by))
+		entry := record(id, now, by)
+		entry.Replaces = replaces
+		l.Tokens = append(l.Tokens, entry)
 		return nil
 	})
 	return token, id.ExpiresAt, err
@@ -114,7 +117,9 @@ func record(id access.Identity, now time.Time, by string) store.TokenRecord {
 	return store.TokenRecord{ID: id.ID, Name: id.Subject, Role: string(id.Role), CreatedAt: now, ExpiresAt: id.ExpiresAt, CreatedBy: by}
 }
 
-func row(t store.TokenRecord) api.TokenRow { return api.TokenRow(t) }
+func row(t store.TokenRecord) api.TokenRow {
+	return api.TokenRow{ID: t.ID, Name: t.Name, Role: t.Role, CreatedAt: t.CreatedAt, ExpiresAt: t.ExpiresAt, CreatedBy: t.CreatedBy}
+}
 
 // createToken makes a service token, or a join token if a node is named.
 func (s *Server) createToken(ctx context.Context, c call, q api.TokenRequest) (api.TokenReply, error) {
@@ -141,9 +146,10 @@ func (s *Server) createToken(ctx context.Context, c call, q api.TokenRequest) (a
 	if err := s.amend(ctx, c.now, func(l *store.Ledger) error { l.Tokens = append(l.Tokens, entry); return nil }); err != nil {
 		return api.TokenReply{}, err
 	}
-	return api.TokenReply{TokenRow: row(entry), Token: string(token)}, s.audit(ctx, fleet.Event{
+	s.audit(ctx, fleet.Event{
 		At: c.now, Kind: "token.created", Actor: c.who.Actor(), Text: fmt.Sprintf("token %s for %s, until %s", id.ID, id.Actor(), id.ExpiresAt.Format(time.DateOnly)),
 	})
+	return api.TokenReply{TokenRow: row(entry), Token: string(token)}, nil
 }
 
 // createJoin makes a one-time token with which a node of one name may join.
@@ -166,10 +172,10 @@ func (s *Server) createJoin(ctx context.Context, c call, q api.TokenRequest) (ap
 	if err != nil {
 		return api.TokenReply{}, err
 	}
-	reply := api.TokenReply{Token: string(token), TokenRow: api.TokenRow{
+	s.audit(ctx, fleet.Event{At: c.now, Kind: "token.created", Node: q.Node, Actor: c.who.Actor(), Text: fmt.Sprintf("join token for node %s", q.Node)})
+	return api.TokenReply{Token: string(token), TokenRow: api.TokenRow{
 		ID: join.ID, Name: string(q.Node), Role: "join", CreatedAt: c.now, ExpiresAt: join.ExpiresAt, CreatedBy: c.who.Actor(),
-	}}
-	return reply, s.audit(ctx, fleet.Event{At: c.now, Kind: "token.created", Node: q.Node, Actor: c.who.Actor(), Text: fmt.Sprintf("join token for node %s", q.Node)})
+	}}, nil
 }
 
 // asBadRequest keeps an access error's words; as it is it would mean a bad token.
@@ -207,10 +213,12 @@ func (s *Server) revokeToken(ctx context.Context, c call, _ struct{}) (api.Token
 		found = row(l.Tokens[i])
 		revoke(l, l.Tokens[i])
 		l.Tokens = slices.Delete(l.Tokens, i, i+1)
+		revokeSuccessor(l, c.id) // whoever has the one may have got the other by it
 		return nil
 	})
 	if err != nil {
 		return api.TokenRow{}, err
 	}
-	return found, s.audit(ctx, fleet.Event{At: c.now, Kind: "token.revoked", Actor: c.who.Actor(), Text: fmt.Sprintf("token %s of %s:%s", found.ID, found.Role, found.Name)})
+	s.audit(ctx, fleet.Event{At: c.now, Kind: "token.revoked", Actor: c.who.Actor(), Text: fmt.Sprintf("token %s of %s:%s", found.ID, found.Role, found.Name)})
+	return found, nil
 }

@@ -33,6 +33,9 @@ type TokenRecord struct {
 	CreatedAt time.Time `json:"created_at"`
 	ExpiresAt time.Time `json:"expires_at,omitzero"` // zero: never
 	CreatedBy string    `json:"created_by,omitempty"`
+	// Replaces is the id of the credential that this one, which was not yet used, is to
+	// take the place of; "": it does not renew one, or it was used.
+	Replaces string `json:"replaces,omitempty"`
 }
 
 // JoinRecord is a one-time token with which a node may join, known by its hash only.

@@ -121,7 +121,11 @@ func NewNode(c NodeConfig) (*Node, error) {
 		Driver: c.Node.Driver, Version: c.Version, Machines: machines, Images: images, Sync: client.Sync,
 		Renewed: func(credential string) error {
 			endpoint.Token = credential
-			return writeFile(path, endpoint)
+			if err := writeFile(path, endpoint); err != nil {
+				return err
+			}
+			client.SetToken(credential)
+			return nil
 		},
 		Keep: c.Keep, Rate: images.Rate, Free: images.Free, Log: c.Log,
 	})
