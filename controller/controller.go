@@ -105,6 +105,7 @@ type Controller struct {
 	// What Step remembers between passes; lost with the process, without harm.
 	known    map[fleet.NodeID]bool
 	learned  map[fleet.JobID]bool
+	taught   time.Time // what ended before is in the history that New was given
 	sweptAt  time.Time
 	resolved map[string]fleet.Image
 	// unresolved is why, by reference; guarded by mu.
@@ -143,7 +144,7 @@ func New(c Config) (*Controller, error) {
 	}
 	return &Controller{
 		c: c, metrics: newMetrics(c.Metrics),
-		known: map[fleet.NodeID]bool{}, learned: map[fleet.JobID]bool{},
+		taught: c.Durations.Latest(), known: map[fleet.NodeID]bool{}, learned: map[fleet.JobID]bool{},
 		resolved: map[string]fleet.Image{}, unresolved: map[string]string{}, errand: map[fleet.VMID]bool{}, notBefore: map[fleet.VMID]time.Time{}, busy: map[fleet.VMID]time.Time{}, barred: map[place]bar{}, limited: map[string]time.Time{}, doubts: map[fleet.JobID]doubt{},
 	}, nil
 }

@@ -60,7 +60,12 @@ func TestSilentListing(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	ended := make(chan error)
 	go func() { ended <- w.c.Errands(ctx) }()
-	defer func() { cancel(); <-ended }()
+	defer func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	}()
 	select {
 	case <-w.github.silent:
 	case <-ctx.Done():

@@ -4,14 +4,21 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
+	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/store"
 )
 
-// resolveRetry is the wait after a registry failed to answer.
-const resolveRetry = 10 * time.Second
+const (
+	resolveRetry   = 10 * time.Second // the wait after a registry failed to answer
+	resolveTimeout = 30 * time.Second // of one reference: a login and two requests
+	resolveAtOnce  = 8                // references; pools share a few registries
+)
 
 // Resolver turns the pools' tags into digests, once for the whole fleet and again every
 // ResolveEvery, until ctx ends. While a registry is silent, the last answer stands.
@@ -32,40 +39,65 @@ func (c *Controller) Resolver(ctx context.Context) error {
 	return nil
 }
 
-// resolveDue resolves what is due or missing in the store.
+// resolveDue writes down what was resolved before and is missing in the store, and
+// resolves what is due. The registries are asked side by side, and each answer is written
+// down when it is there: one that is silent delays nobody else's images.
 func (c *Controller) resolveDue(ctx context.Context, due map[string]time.Time) error {
 	view, err := c.c.Store.View(ctx)
 	if err != nil {
 		return err
 	}
-	var failed error
-	for _, pool := range c.c.Pools {
-		ref := pool.Image
-		image, known := c.resolved[ref]
-		if now := time.Now(); !now.Before(due[ref]) {
-			fresh, err := c.c.Resolve(ctx, ref)
-			c.noteUnresolved(ref, err)
-			if err != nil {
-				due[ref] = now.Add(resolveRetry)
-				failed = errors.Join(failed, fmt.Errorf("resolve the image of pool %s: %w", pool.Name, err))
-			} else {
-				due[ref] = now.Add(c.c.ResolveEvery)
-				c.resolved[ref], image, known = fresh, fresh, true
+	now, pools := time.Now(), map[string][]string{} // by reference that is due
+	for i := range c.c.Pools {
+		ref := c.c.Pools[i].Image
+		if !now.Before(due[ref]) {
+			pools[ref] = append(pools[ref], string(c.c.Pools[i].Name))
+		} else if image, known := c.resolved[ref]; known {
+			if err := c.publish(ctx, view, image); err != nil {
+				return err
 			}
 		}
-		if stored := view.Images[ref]; !known || stored != nil && stored.Digest == image.Digest {
-			continue
-		}
-		if err := c.publish(ctx, image); err != nil {
-			return err
-		}
 	}
-	return failed
+	var (
+		mu     sync.Mutex // of due, resolved and failed
+		failed []error
+		group  errgroup.Group
+	)
+	group.SetLimit(resolveAtOnce)
+	for ref, names := range pools {
+		group.Go(func() error {
+			fresh, err := c.resolve(ctx, view, ref)
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil {
+				due[ref] = now.Add(resolveRetry)
+				failed = append(failed, fmt.Errorf("resolve the image of pool %s: %w", strings.Join(names, ", "), err))
+				return nil
+			}
+			due[ref], c.resolved[ref] = now.Add(c.c.ResolveEvery), fresh
+			return nil
+		})
+	}
+	_ = group.Wait() // the errors are in failed
+	return errors.Join(failed...)
 }
 
-func (c *Controller) publish(ctx context.Context, image fleet.Image) error {
+// resolve asks a registry for one reference and writes the answer down.
+func (c *Controller) resolve(ctx context.Context, view *store.View, ref string) (fleet.Image, error) {
+	asked, cancel := context.WithTimeout(ctx, resolveTimeout)
+	defer cancel()
+	fresh, err := c.c.Resolve(asked, ref)
+	c.noteUnresolved(ref, err)
+	if err != nil {
+		return fleet.Image{}, err
+	}
+	return fresh, c.publish(ctx, view, fresh)
+}
+
+// publish writes down what a reference is now, unless the store knows.
+func (c *Controller) publish(ctx context.Context, view *store.View, image fleet.Image) error {
 	term, leading := c.currentTerm()
-	if !leading {
+	if stored := view.Images[image.Ref]; !leading || stored != nil && stored.Digest == image.Digest {
 		return nil
 	}
 	c.c.Log.Info("image.resolved", "image", image.Ref, "digest", image.Digest)

@@ -20,6 +20,7 @@ func (c *Controller) sweep(ctx context.Context, p *pass) error {
 			txn.DropVMs = append(txn.DropVMs, vm.ID)
 		}
 	}
+	needed := p.referred(txn.DropVMs)
 	var completed []*fleet.Job
 	for _, job := range p.view.Jobs {
 		if job.Status == fleet.JobCompleted {
@@ -28,10 +29,10 @@ func (c *Controller) sweep(ctx context.Context, p *pass) error {
 		}
 	}
 	slices.SortFunc(completed, func(a, b *fleet.Job) int {
-		return cmp.Or(b.CompletedAt.Compare(a.CompletedAt), cmp.Compare(b.ID, a.ID))
+		return cmp.Or(overSince(b).Compare(overSince(a)), cmp.Compare(b.ID, a.ID))
 	})
 	for i, job := range completed {
-		if i >= jobsKept || p.now.Sub(job.CompletedAt) > jobKept {
+		if !needed.has(job) && (i >= jobsKept || p.now.Sub(overSince(job)) > jobKept) {
 			txn.DropJobs = append(txn.DropJobs, job.ID)
 			delete(c.learned, job.ID)
 		}
@@ -49,6 +50,43 @@ func (c *Controller) sweep(ctx context.Context, p *pass) error {
 	return err
 }
 
+// overSince is the time from which a completed job is kept for a while. GitHub's own
+// completed_at is null at times, and long past for a job that was recovered late.
+func overSince(job *fleet.Job) time.Time {
+	return later(later(job.CompletedAt, job.StartedAt), job.SeenAt)
+}
+
+// references are the completed jobs that VM records still speak of.
+type references struct {
+	jobs    map[fleet.JobID]bool
+	runners map[string]bool // by the runners that ran them
+}
+
+// referred finds what the VMs speak of, besides those that go. Without its job's record a
+// finished VM's claim would have GitHub asked for a runner that it has removed.
+func (p *pass) referred(gone []fleet.VMID) references {
+	r := references{jobs: map[fleet.JobID]bool{}, runners: map[string]bool{}}
+	dropped := make(map[fleet.VMID]bool, len(gone))
+	for _, id := range gone {
+		dropped[id] = true
+	}
+	for id, vm := range p.vms {
+		if dropped[id] {
+			continue
+		}
+		r.jobs[vm.Job] = true
+		if vm.Claim != nil {
+			r.runners[vm.Claim.Runner] = true
+		}
+	}
+	return r
+}
+
+// has reports whether a VM speaks of the job.
+func (r references) has(job *fleet.Job) bool {
+	return r.jobs[job.ID] || job.RunnerName != "" && r.runners[job.RunnerName]
+}
+
 // awaited: a lost VM's record stays until its node had a week to show up again, so that
 // the VM is destroyed when it does.
 func (p *pass) awaited(vm fleet.VM) bool {
@@ -61,6 +99,9 @@ func (c *Controller) learn(job *fleet.Job) {
 		return
 	}
 	c.learned[job.ID] = true
+	if !job.CompletedAt.After(c.taught) {
+		return // a controller before this one learned from it
+	}
 	if job.StartedAt.IsZero() || job.CompletedAt.IsZero() || job.RunnerName == "" || job.Conclusion == "cancelled" {
 		return
 	}

@@ -133,6 +133,17 @@ func (d *Durations) Estimate(repository, name string) (Estimate, bool) {
 	return Estimate{}, false
 }
 
+// Latest is when the latest job that was observed had ended; zero without any history.
+func (d *Durations) Latest() time.Time {
+	var latest time.Time
+	for _, a := range d.keys {
+		if a.at.After(latest) {
+			latest = a.at
+		}
+	}
+	return latest
+}
+
 // Len is the number of names remembered.
 func (d *Durations) Len() int { return len(d.keys) }
 
