@@ -1,6 +1,10 @@
 package main
 
 import (
+	"net/http"
+	"path/filepath"
+	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -93,6 +97,35 @@ func TestRedisEmptied(t *testing.T) {
 			t.Errorf("job %d ended as %q: its VM was destroyed under it", job.ID, job.Conclusion)
 		}
 	}
+	tw.cleanHouse()
+}
+
+// A Mac is cut off at the worst moment: its runner is registered at GitHub, and it never
+// gets to start it. The job runs on the other Mac as soon as the first one counts as
+// silent; when that one is back, what it holds is cleared away.
+func TestMacCutOff(t *testing.T) {
+	tw := openTown(t, 1, "mac-1")
+	cut := tw.nodes["mac-1"]
+	var once sync.Once
+	stopped := make(chan struct{})
+	tw.github.SetFaults(githubtest.Faults{Request: func(r *http.Request) githubtest.RequestFault {
+		if strings.HasSuffix(r.URL.Path, "/generate-jitconfig") {
+			once.Do(func() { cut.signal(syscall.SIGSTOP); close(stopped) })
+		}
+		return githubtest.RequestFault{}
+	}})
+	t.Cleanup(func() { cut.signal(syscall.SIGCONT) }) // else it could not end
+	tw.queue(1, 0.2)
+	select {
+	case <-stopped:
+	case <-time.After(time.Minute):
+		t.Fatal("no runner is registered")
+	}
+	token := tw.run("token", "create", "--node", "mac-2")
+	tw.run("node", "join", strings.TrimSpace(token), "--name", "mac-2", "--dir", filepath.Join(tw.dir, "mac-2"))
+	tw.startNode("mac-2")
+	tw.waitDone(1, 75*time.Second) // 45 s of silence, then a boot
+	cut.signal(syscall.SIGCONT)
 	tw.cleanHouse()
 }
 
