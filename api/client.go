@@ -159,6 +159,12 @@ func (c *Client) Uncordon(ctx context.Context, id fleet.NodeID) (NodeRow, error)
 	return call[NodeRow](ctx, c, http.MethodPost, path(RouteUncordon, string(id)), nil)
 }
 
+// RemoveNode forgets a node and ends its credentials; it is refused (409) while VMs live
+// there or the node still takes work. The answer is the node as it was.
+func (c *Client) RemoveNode(ctx context.Context, id fleet.NodeID) (NodeRow, error) {
+	return call[NodeRow](ctx, c, http.MethodDelete, path(RouteNode, string(id)), nil)
+}
+
 // VMs lists the VMs, by node and id.
 func (c *Client) VMs(ctx context.Context) ([]VMRow, error) {
 	return call[[]VMRow](ctx, c, http.MethodGet, RouteVMs, nil)

@@ -11,6 +11,7 @@ const (
 	RouteSync     = "/v1/nodes/{id}/sync"     // POST SyncRequest → SyncReply
 	RouteJoin     = "/v1/join"                // POST JoinRequest → JoinReply; the join token is in the body
 	RouteNodes    = "/v1/nodes"               // GET → []NodeRow
+	RouteNode     = "/v1/nodes/{id}"          // DELETE → NodeRow, as it was; 409 while VMs live there
 	RouteCordon   = "/v1/nodes/{id}/cordon"   // POST → NodeRow
 	RouteUncordon = "/v1/nodes/{id}/uncordon" // POST → NodeRow
 	RouteVMs      = "/v1/vms"                 // GET → []VMRow

@@ -221,14 +221,15 @@ func (h *house) queue(id fleet.JobID) {
 
 // mac is a node's side of sync.
 type mac struct {
-	h        *house
-	id       fleet.NodeID
-	client   *api.Client
-	session  string
-	sequence int64
-	have     string
-	vms      []api.VMReport
-	images   []fleet.NodeImage
+	h          *house
+	id         fleet.NodeID
+	client     *api.Client
+	credential string // if a test needs it
+	session    string
+	sequence   int64
+	have       string
+	vms        []api.VMReport
+	images     []fleet.NodeImage
 }
 
 func (h *house) mac(id fleet.NodeID) *mac {

@@ -3,7 +3,6 @@ package server
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"net/http"
@@ -53,62 +52,6 @@ func nodeRow(view *store.View, n *fleet.Node, now time.Time) api.NodeRow {
 		}
 	}
 	return row
-}
-
-func (s *Server) cordon(ctx context.Context, c call, _ struct{}) (api.NodeRow, error) {
-	return s.setCordon(ctx, c, true)
-}
-
-func (s *Server) uncordon(ctx context.Context, c call, _ struct{}) (api.NodeRow, error) {
-	return s.setCordon(ctx, c, false)
-}
-
-// setCordon writes the ledger first: it is what an emptied store is refilled from.
-func (s *Server) setCordon(ctx context.Context, c call, on bool) (api.NodeRow, error) {
-	node, actor := fleet.NodeID(c.id), c.who.Actor()
-	view, err := s.c.Store.View(ctx)
-	if err != nil {
-		return api.NodeRow{}, err
-	}
-	if view.Nodes[node] == nil {
-		return api.NodeRow{}, refusal(http.StatusNotFound, fmt.Sprintf("no node %q", node), "paddock nodes list shows those that have reported")
-	}
-	err = s.amend(ctx, c.now, func(l *store.Ledger) error {
-		if !on {
-			delete(l.Cordons, node)
-			return nil
-		}
-		if l.Cordons == nil {
-			l.Cordons = map[fleet.NodeID]string{}
-		}
-		l.Cordons[node] = actor
-		return nil
-	})
-	if err != nil {
-		return api.NodeRow{}, err
-	}
-	kind := map[bool]string{true: "node.cordoned", false: "node.uncordoned"}[on]
-	e := fleet.Event{At: c.now, Kind: kind, Node: node, Actor: actor, Text: fmt.Sprintf("%s by %s", kind, actor)}
-	for range tries {
-		if view, err = s.c.Store.View(ctx); err != nil {
-			return api.NodeRow{}, err
-		}
-		was := view.Nodes[node]
-		if was == nil {
-			break // emptied meanwhile; the node's next report finds the ledger
-		}
-		next := *was
-		next.Cordoned = on
-		err = s.c.Store.Commit(ctx, store.Txn{Nodes: []fleet.Node{next}, Events: []fleet.Event{e}})
-		if err == nil {
-			s.log.Info("changed", "event", e.Kind, "node", node, "actor", actor)
-			return nodeRow(view, &next, c.now), nil
-		}
-		if !errors.Is(err, store.ErrConflict) {
-			return api.NodeRow{}, err
-		}
-	}
-	return api.NodeRow{}, fmt.Errorf("%s %s: %w", kind, node, store.ErrConflict)
 }
 
 func (s *Server) listVMs(ctx context.Context, _ call, _ struct{}) ([]api.VMRow, error) {

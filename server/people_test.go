@@ -453,3 +453,88 @@ func TestSecretLostWithItsAuditEvent(t *testing.T) {
 		t.Errorf("%d of 4 changes without an event were logged", n)
 	}
 }
+
+// A Mac that was taken out of service stayed in the ledger for ever, and each emptied
+// store was waited for it.
+func TestRetiredMacNeverForgotten(t *testing.T) {
+	h := newHouse(t)
+	admin, operator := h.client(access.Admin, "ann"), h.client(access.Operator, "olga")
+	joinAs := func(node fleet.NodeID) *mac {
+		t.Helper()
+		made, err := admin.CreateToken(t.Context(), api.TokenRequest{Node: node})
+		if err != nil {
+			t.Fatal(err)
+		}
+		joined, err := h.with("").Join(t.Context(), made.Token)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := h.mac(node)
+		m.client, m.credential = h.with(joined.Credential), joined.Credential
+		return m
+	}
+	m := joinAs("mac1")
+	m.say()
+	if _, err := operator.RemoveNode(t.Context(), "mac1"); status(t, err) != http.StatusConflict {
+		t.Errorf("a node that takes work: %v", err)
+	}
+	if _, err := operator.Cordon(t.Context(), "mac1"); err != nil {
+		t.Fatal(err)
+	}
+	h.place("vmaaaaaa", "mac1")
+	h.commit(store.Txn{Orders: []fleet.Orders{{Node: "mac1", Hold: []fleet.Hold{{Digest: digest, Ref: ref}}}}})
+	m.say(m.is("vmaaaaaa", fleet.VMBusy))
+	h.advance(lostAfter - time.Second)
+	if _, err := operator.RemoveNode(t.Context(), "mac1"); status(t, err) != http.StatusConflict {
+		t.Errorf("a VM lives there: %v", err)
+	}
+	h.advance(time.Second)
+	unused, err := admin.CreateToken(t.Context(), api.TokenRequest{Node: "mac1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	row, err := operator.RemoveNode(t.Context(), "mac1")
+	if err != nil || row.ID != "mac1" || row.Status != api.NodeUnreachable || row.Used != 1 {
+		t.Fatalf("%+v, %v", row, err)
+	}
+	ledger, err := h.store.ReadLedger(t.Context())
+	if err != nil || len(ledger.Nodes)+len(ledger.Cordons)+len(ledger.Tokens) != 0 || len(ledger.Revoked) != 1 {
+		t.Errorf("%+v, %v", ledger, err)
+	}
+	if v := h.view(); v.Nodes["mac1"] != nil || v.Orders["mac1"] != nil || v.VMs["vmaaaaaa"] == nil {
+		t.Errorf("node %v, orders %v, VM %v", v.Nodes["mac1"], v.Orders["mac1"], v.VMs["vmaaaaaa"])
+	}
+	if _, err := m.try(0); status(t, err) != http.StatusUnauthorized {
+		t.Errorf("its credential: %v", err)
+	}
+	if _, err := h.with("").Join(t.Context(), unused.Token); status(t, err) != http.StatusUnauthorized {
+		t.Errorf("a join token from before: %v", err)
+	}
+	if _, err := operator.RemoveNode(t.Context(), "mac1"); status(t, err) != http.StatusNotFound {
+		t.Errorf("removed twice: %v", err)
+	}
+
+	// One that only the ledger knows, since the store was emptied.
+	joinAs("mac2")
+	if row, err := operator.RemoveNode(t.Context(), "mac2"); err != nil || row.ID != "mac2" {
+		t.Errorf("%+v, %v", row, err)
+	}
+
+	// A replica whose copy of the ledger is older must not take its report.
+	three := joinAs("mac3")
+	late := h.serve()
+	if _, err := late.ledger.get(t.Context(), h.clock()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := operator.RemoveNode(t.Context(), "mac3"); err != nil {
+		t.Fatal(err)
+	}
+	other := httptest.NewServer(late.Handler())
+	t.Cleanup(other.Close)
+	if three.client, err = api.New(api.Config{URL: other.URL, Token: three.credential}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := three.try(0); status(t, err) != http.StatusUnauthorized || h.view().Nodes["mac3"] != nil {
+		t.Errorf("known again by a replica that had not heard: %v", err)
+	}
+}

@@ -83,8 +83,8 @@ func TestRoutesAreServed(t *testing.T) {
 		served[r.path] = true
 	}
 	for _, route := range []string{
-		api.RouteSync, api.RouteJoin, api.RouteNodes, api.RouteCordon, api.RouteUncordon, api.RouteVMs, api.RouteImages, api.RouteJobs,
-		api.RouteExplain, api.RouteEvents, api.RouteTokens, api.RouteToken, api.RouteHealth, api.RouteReady, api.RouteMetrics,
+		api.RouteSync, api.RouteJoin, api.RouteNodes, api.RouteNode, api.RouteCordon, api.RouteUncordon, api.RouteVMs, api.RouteImages,
+		api.RouteJobs, api.RouteExplain, api.RouteEvents, api.RouteTokens, api.RouteToken, api.RouteHealth, api.RouteReady, api.RouteMetrics,
 	} {
 		if !served[route] {
 			t.Errorf("%s is not served", route)

@@ -127,6 +127,7 @@ var table = []route{
 	{http.MethodPost, api.RouteJoin, "", endpoint((*Server).join)},
 
 	{http.MethodGet, api.RouteNodes, access.Read, endpoint((*Server).listNodes)},
+	{http.MethodDelete, api.RouteNode, access.Operate, endpoint((*Server).removeNode)},
 	{http.MethodPost, api.RouteCordon, access.Operate, endpoint((*Server).cordon)},
 	{http.MethodPost, api.RouteUncordon, access.Operate, endpoint((*Server).uncordon)},
 	{http.MethodGet, api.RouteVMs, access.Read, endpoint((*Server).listVMs)},

@@ -40,7 +40,7 @@ func (s *Server) sync(ctx context.Context, c call, q api.SyncRequest) (api.SyncR
 	}
 	// Taken before the view is read: what changes after that wakes us.
 	changed := s.c.Store.Notify(store.NodeTopic(node))
-	view, err := s.take(ctx, node, &q, c.now)
+	view, err := s.take(ctx, c, &q)
 	if err != nil {
 		return api.SyncReply{}, err
 	}
@@ -55,18 +55,20 @@ func (s *Server) sync(ctx context.Context, c call, q api.SyncRequest) (api.SyncR
 }
 
 // take applies the report and returns a view that includes it.
-func (s *Server) take(ctx context.Context, node fleet.NodeID, q *api.SyncRequest, now time.Time) (*store.View, error) {
-	ledger, err := s.ledger.get(ctx, now)
-	if err != nil {
-		return nil, err
-	}
-	_, cordoned := ledger.Cordons[node]
+func (s *Server) take(ctx context.Context, c call, q *api.SyncRequest) (*store.View, error) {
+	node := fleet.NodeID(c.id)
 	for range tries {
 		view, err := s.c.Store.View(ctx)
 		if err != nil {
 			return nil, err
 		}
-		r := report{view: view, node: node, fleet: s.c.Fleet, now: now, boot: s.bootDeadline, ours: s.hasScope}
+		cordoned := false
+		if view.Nodes[node] == nil {
+			if cordoned, err = s.admit(ctx, c); err != nil {
+				return nil, err
+			}
+		}
+		r := report{view: view, node: node, fleet: s.c.Fleet, now: c.now, boot: s.bootDeadline, ours: s.hasScope}
 		if err := r.apply(q, cordoned); err != nil {
 			return nil, err
 		}

@@ -36,7 +36,7 @@ type Txn struct {
 	Images []fleet.Image
 
 	DropVMs   []fleet.VMID
-	DropNodes []fleet.NodeID
+	DropNodes []fleet.NodeID // with their orders
 	// DropJobs removes records of completed jobs; their tombstones stay.
 	DropJobs []fleet.JobID
 

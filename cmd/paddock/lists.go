@@ -36,6 +36,9 @@ func nodesCommand(g *globals) *cobra.Command {
 		{"cordon NODE", "Give a node nothing new", func(c *api.Client) func(*cobra.Command, fleet.NodeID) (api.NodeRow, error) {
 			return func(cmd *cobra.Command, id fleet.NodeID) (api.NodeRow, error) { return c.Cordon(cmd.Context(), id) }
 		}},
+		{"remove NODE", "Forget a node that is out of service, and end its credentials", func(c *api.Client) func(*cobra.Command, fleet.NodeID) (api.NodeRow, error) {
+			return func(cmd *cobra.Command, id fleet.NodeID) (api.NodeRow, error) { return c.RemoveNode(cmd.Context(), id) }
+		}},
 		{"uncordon NODE", "Let a node have work again", func(c *api.Client) func(*cobra.Command, fleet.NodeID) (api.NodeRow, error) {
 			return func(cmd *cobra.Command, id fleet.NodeID) (api.NodeRow, error) { return c.Uncordon(cmd.Context(), id) }
 		}},

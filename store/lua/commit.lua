@@ -84,14 +84,20 @@ for _, p in ipairs(puts) do
 	end
 end
 
+local function drop(kind, id)
+	if redis.call('HDEL', hashes[kind], id) == 0 then return end
+	mark(kind .. id)
+	redis.call('ZADD', gone, revision, kind .. id)
+	if kind == 'v' then release(id) end
+end
+
 for i = 1, tonumber(take()) do
 	local kind, id = take(), take()
-	if redis.call('HDEL', hashes[kind], id) == 1 then
-		mark(kind .. id)
-		redis.call('ZADD', gone, revision, kind .. id)
-		if kind == 'v' then release(id) end
+	drop(kind, id)
+	if kind == 'n' then -- its orders are nobody's any more
+		drop('o', id)
+		redis.call('HDEL', sessions, id)
 	end
-	if kind == 'n' then redis.call('HDEL', sessions, id) end
 end
 
 -- Marks of deleted records are kept for mirrors that have not seen the deletion; the
