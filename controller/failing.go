@@ -1,6 +1,7 @@
 package controller
 
 import (
+	"maps"
 	"time"
 
 	"github.com/paddock-ci/paddock/fleet"
@@ -30,8 +31,8 @@ func (r record) backOff() time.Time {
 
 // failing says where VMs have failed one after the other and are not to be tried yet.
 type failing struct {
-	on    map[spot]time.Time           // until when a pool leaves one node alone
-	pools map[fleet.PoolName]time.Time // until when it leaves every node alone
+	on    map[fleet.NodeID]map[fleet.PoolName]bool // pools that leave one node alone
+	pools map[fleet.PoolName]time.Time             // until when a pool leaves every node alone
 }
 
 // failing counts failures by pool and node: one broken Mac must not hold back a pool
@@ -40,11 +41,15 @@ type failing struct {
 // large fleet does not boot a bad image once for each of its nodes again and again.
 func (c *Controller) failing(p *pass) failing {
 	records := p.records()
-	f := failing{on: map[spot]time.Time{}, pools: map[fleet.PoolName]time.Time{}}
+	f := failing{on: map[fleet.NodeID]map[fleet.PoolName]bool{}, pools: map[fleet.PoolName]time.Time{}}
 	for at, r := range records {
-		if until := r.backOff(); at.node != "" && p.now.Before(until) {
-			f.on[at] = until
+		if at.node == "" || !p.now.Before(r.backOff()) {
+			continue
 		}
+		if f.on[at.node] == nil {
+			f.on[at.node] = map[fleet.PoolName]bool{}
+		}
+		f.on[at.node][at.pool] = true
 	}
 	for i := range c.c.Pools {
 		pool := &c.c.Pools[i]
@@ -98,20 +103,15 @@ func (p *pass) failedEverywhere(pool *fleet.Pool, records map[spot]record) bool 
 
 // at are the pools that leave the node alone; nil: none.
 func (f failing) at(node fleet.NodeID) map[fleet.PoolName]bool {
-	var pools map[fleet.PoolName]bool
-	add := func(pool fleet.PoolName) {
-		if pools == nil {
-			pools = map[fleet.PoolName]bool{}
-		}
-		pools[pool] = true
+	if len(f.pools) == 0 {
+		return f.on[node]
+	}
+	pools := maps.Clone(f.on[node])
+	if pools == nil {
+		pools = map[fleet.PoolName]bool{}
 	}
 	for pool := range f.pools {
-		add(pool)
-	}
-	for at := range f.on {
-		if at.node == node {
-			add(at.pool)
-		}
+		pools[pool] = true
 	}
 	return pools
 }
