@@ -19,7 +19,7 @@ const (
 	Viewer   Role = "viewer"   // people who look
 	Operator Role = "operator" // people who run the fleet
 	Admin    Role = "admin"    // people who let others in
-	Pipeline Role = "pipeline" // a workflow that announces an image
+	Pipeline Role = "pipeline" // a workflow that announces an image; no route takes that yet
 	Node     Role = "node"     // one Mac; speaks only for itself
 )
 
@@ -30,7 +30,7 @@ type Action string
 const (
 	Read       Action = "read"        // jobs, VMs, nodes, events
 	ReadImages Action = "read-images" // what is cached where
-	Cache      Action = "cache"       // ask for an image to be held
+	Cache      Action = "cache"       // ask for an image to be held; no route needs it yet
 	Operate    Action = "operate"     // cordon, drain, retire
 	Tokens     Action = "tokens"      // make, list and revoke tokens
 	Sync       Action = "sync"        // a node's report and orders

@@ -47,7 +47,7 @@ func tokenCreate(g *globals) *cobra.Command {
 	var life time.Duration
 	cmd := &cobra.Command{
 		Use: "create [NAME]", Short: "Make a service token, or with --node a one-time join token", Args: cobra.MaximumNArgs(1),
-		Example: `  paddock token create ci-images --role pipeline
+		Example: `  paddock token create dashboard --role viewer
   paddock token create --node mac-7 | ssh mac-7 paddock node join -`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r := api.TokenRequest{Role: role, Life: life, Node: fleet.NodeID(node)}
@@ -80,7 +80,7 @@ func tokenCreate(g *globals) *cobra.Command {
 			return err
 		},
 	}
-	cmd.Flags().StringVar(&role, "role", "", "viewer, operator, admin or pipeline")
+	cmd.Flags().StringVar(&role, "role", "", "viewer, operator, admin or pipeline (which may list images, and nothing else yet)")
 	cmd.Flags().StringVar(&node, "node", "", "make a one-time join token, good for 15 minutes, for a node of this name")
 	cmd.Flags().DurationVar(&life, "life", 0, "how long it is good, like 720h; 90 days by default")
 	complete(cmd, "role", "viewer", "operator", "admin", "pipeline")

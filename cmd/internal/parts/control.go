@@ -131,7 +131,10 @@ func (c *Control) Open(ctx context.Context) (err error) {
 		ErrorLog: slog.NewLogLogger(c.c.Log.Handler(), slog.LevelDebug),
 	}
 	c.http.RegisterOnShutdown(drain)
-	return c.leaveTokenForCLI()
+	if err := c.leaveTokenForCLI(ctx, time.Now()); err != nil {
+		return errors.Join(err, c.store.Close())
+	}
+	return nil
 }
 
 func (c *Control) openStore(ctx context.Context) (*store.Store, error) {
@@ -233,6 +236,7 @@ func (c *Control) Run(ctx context.Context) error {
 	group.Go(func() error { return c.controller.Resolver(ctx) })
 	group.Go(func() error { return c.feed.Run(ctx) })
 	group.Go(func() error { return c.keepHistory(ctx) })
+	group.Go(func() error { return c.keepTokenForCLI(ctx) })
 	group.Go(func() error {
 		if err := c.http.ServeTLS(c.listener, "", ""); !errors.Is(err, http.ErrServerClosed) {
 			return fmt.Errorf("serve: %w", err)
@@ -330,19 +334,6 @@ func (c *Control) JoinOwn(ctx context.Context, n config.Node) error {
 	}
 	return join(ctx, n, token, here)
 }
-
-// leaveTokenForCLI writes what the command line on this host needs; whoever can read
-// the data directory is the fleet's admin anyway, since the fleet key is in it.
-func (c *Control) leaveTokenForCLI() error {
-	token, err := c.token(access.Admin, 90*24*time.Hour)
-	if err != nil {
-		return err
-	}
-	return writeFile(filepath.Join(c.c.Config.Data, CLIFile), Endpoint{URL: c.local, Certificate: c.hash, Token: string(token)})
-}
-
-// CLIFile is the file in the data directory that the command line reads.
-const CLIFile = "cli.json"
 
 // Endpoint is a controller and the right to speak to it.
 type Endpoint struct {

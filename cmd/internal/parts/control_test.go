@@ -181,3 +181,63 @@ func TestLocalURL(t *testing.T) {
 		}
 	}
 }
+
+// The admin token that a controller leaves for the command line on its host could neither
+// be listed nor revoked, and ended while the controller ran.
+func TestLocalAdminTokenOutOfControl(t *testing.T) {
+	control := runControl(t, config.TLS{})
+	ctx, path := t.Context(), filepath.Join(control.c.Config.Data, CLIFile)
+	use := func() (Endpoint, []api.TokenRow, error) {
+		t.Helper()
+		e, err := ReadEndpoint(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		client, err := e.Client()
+		if err != nil {
+			t.Fatal(err)
+		}
+		rows, err := client.Tokens(ctx)
+		return e, rows, err
+	}
+	first, rows, err := use()
+	if err != nil || len(rows) != 1 || rows[0].Role != "admin" || rows[0].CreatedBy != cliMaker {
+		t.Fatalf("%+v, %v", rows, err)
+	}
+	// A restart uses it again, until it is about to end; then it is replaced and revoked.
+	now := time.Now()
+	for _, after := range []time.Duration{time.Hour, cliLife - access.RenewBefore + time.Hour} {
+		again := after == time.Hour
+		if err := control.leaveTokenForCLI(ctx, now.Add(after)); err != nil {
+			t.Fatal(err)
+		}
+		if e, _, err := use(); err != nil || (e.Token == first.Token) != again {
+			t.Errorf("after %s: used again %t, %v", after, e.Token == first.Token, err)
+		}
+		if again {
+			continue
+		}
+		ledger, err := control.store.ReadLedger(ctx)
+		if _, revoked := ledger.Revoked[rows[0].ID]; err != nil || !revoked || len(ledger.Tokens) != 1 {
+			t.Errorf("the former one is still in force: %+v, %v", ledger, err)
+		}
+		// Revoked by an admin, it is good for nothing; the next start makes another.
+		client, err := control.Client(access.Admin)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := client.RevokeToken(ctx, ledger.Tokens[0].ID); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := use(); err == nil {
+			t.Error("revoked, and yet it works")
+		}
+		if err := control.leaveTokenForCLI(ctx, now.Add(after)); err != nil {
+			t.Fatal(err)
+		}
+		if _, rows, err := use(); err != nil || len(rows) != 1 {
+			t.Errorf("%+v, %v", rows, err)
+		}
+		return
+	}
+}
