@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"fmt"
 	"net/http"
 	"reflect"
@@ -17,11 +18,17 @@ import (
 
 // Limits on what a node may say, far above what one does.
 const (
-	maxVMs     = 1000
 	maxImages  = 5000
 	maxSlots   = 1000
 	maxSession = 64   // bytes
 	maxReason  = 2000 // bytes; the rest is cut off
+	maxWord    = 256  // bytes of a version, an architecture, a tag, a label
+	maxText    = 1024 // bytes of an image's reference and of its error
+	maxWords   = 100  // tags of a node; labels of a runner
+	// maxVMs is far more than a node with few slots has, those included whose end was not
+	// acknowledged yet; one with many slots may have vmsPerSlot for each.
+	maxVMs     = 100
+	vmsPerSlot = 4
 )
 
 // forgiveness is how long after its boot deadline a VM to be destroyed that its node
@@ -48,22 +55,45 @@ func checkSync(r *api.SyncRequest) error {
 		return bad("a sequence below 1")
 	case n.Slots < 0 || n.Slots > maxSlots || n.CPU < 0 || n.Memory < 0 || n.DiskFree < 0 || n.PullRate < 0:
 		return bad("impossible sizes")
-	case len(r.VMs) > maxVMs || len(n.Images) > maxImages:
+	case len(r.VMs) > vmLimit(n.Slots) || len(n.Images) > maxImages:
 		return bad("too many VMs or images")
+	case len(n.Tags) > maxWords || long(maxWord, n.Arch, n.OS, n.Driver, n.Version):
+		return bad("too many tags, or an overlong version or platform")
 	}
-	for _, i := range n.Images {
-		if err := fleet.CheckDigest(i.Digest); err != nil {
-			return bad(err.Error())
+	for key, value := range n.Tags {
+		if long(maxWord, key, value) {
+			return bad("an overlong tag")
 		}
+	}
+	for i := range n.Images {
+		image := &n.Images[i]
+		if err := fleet.CheckDigest(image.Digest); err != nil {
+			return bad(cut(err.Error()))
+		}
+		if long(maxText, image.Ref) || long(maxWord, string(image.State), image.Class) {
+			return bad("an overlong image reference or state")
+		}
+		image.Error = image.Error[:min(len(image.Error), maxText)]
 	}
 	seen := map[fleet.VMID]bool{}
 	for _, vm := range r.VMs {
 		if !vmIDPattern.MatchString(string(vm.ID)) || seen[vm.ID] {
-			return bad(fmt.Sprintf("a VM named %q, or named twice", vm.ID))
+			return bad(cut(fmt.Sprintf("a VM named %q, or named twice", vm.ID)))
 		}
 		seen[vm.ID] = true
+		if k := vm.Runner; k != nil && (len(k.Labels) > maxWords || long(maxWord, k.Labels...) || long(maxWord, k.Name, string(k.Scope))) {
+			return bad("a runner with too many or overlong words")
+		}
 	}
 	return nil
+}
+
+// vmLimit is how many VMs a node may tell of.
+func vmLimit(slots int) int { return max(maxVMs, vmsPerSlot*slots) }
+
+// long reports whether one of the words is.
+func long(most int, words ...string) bool {
+	return slices.ContainsFunc(words, func(w string) bool { return len(w) > most })
 }
 
 // report turns a node's word into one transaction on a view.
@@ -75,6 +105,7 @@ type report struct {
 	boot  func(fleet.PoolName) time.Duration // a pool's boot deadline
 	ours  func(fleet.Scope) bool             // some pool registers runners there
 
+	room  int // records that may be made by this node's word
 	txn   store.Txn
 	moves []move
 }
@@ -91,6 +122,12 @@ func (r *report) apply(q *api.SyncRequest, cordoned bool) error {
 	r.txn = store.Txn{
 		Report:      &store.Report{Node: r.node, Session: q.Session, Sequence: q.Sequence},
 		Incarnation: r.view.Incarnation,
+	}
+	r.room = vmLimit(q.Node.Slots)
+	for _, vm := range r.view.VMsOn(r.node) {
+		if !vm.State.Final() {
+			r.room--
+		}
 	}
 	reported := make(map[fleet.VMID]bool, len(q.VMs))
 	for i := range q.VMs {
@@ -202,6 +239,13 @@ func (r *report) unknown(v *api.VMReport) error {
 	if v.State == fleet.VMDone {
 		return nil
 	}
+	if r.room--; r.room < 0 {
+		return refusal(http.StatusBadRequest, fmt.Sprintf("VM %s is one too many: the store knows of more VMs on this node than it can run", v.ID),
+			"those of them that the node has no more are given up within minutes")
+	}
+	if err := cmp.Or(fleet.CheckDigest(v.Order.Image), fleet.CheckName("pool", string(v.Order.Pool))); err != nil {
+		return refusal(http.StatusBadRequest, fmt.Sprintf("VM %s was not ordered like this: %s", v.ID, cut(err.Error())), "this is not what a paddock node sends; compare the versions")
+	}
 	vm := fleet.VM{
 		ID: v.ID, Node: r.node, Pool: v.Order.Pool, Image: v.Order.Image,
 		State: fleet.VMPlaced, PlacedAt: v.Order.PlacedAt,
@@ -252,7 +296,7 @@ func (r *report) advance(vm fleet.VM, v *api.VMReport, changed bool) error {
 		BootingAt: v.BootingAt, WarmAt: v.WarmAt, RegisteredAt: v.RegisteredAt, BusyAt: v.BusyAt, DoneAt: v.DoneAt,
 	})
 	if err != nil {
-		return refusal(http.StatusBadRequest, err.Error(), "this is not what a paddock node sends; compare the versions")
+		return refusal(http.StatusBadRequest, cut(err.Error()), "this is not what a paddock node sends; compare the versions")
 	}
 	if next.State == fleet.VMDone && !vm.State.Final() {
 		next.Reason, next.Failed = cut(v.Reason), v.Failed

@@ -3,6 +3,7 @@ package server
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"slices"
 	"strings"
@@ -475,6 +476,35 @@ func TestRenewal(t *testing.T) {
 	}
 }
 
+// A node that makes up other VMs in each of its syncs must not fill the store.
+func TestRecordsWithoutEndByANodesWord(t *testing.T) {
+	h := newHouse(t)
+	m := h.mac("mac1")
+	for sync := range 5 {
+		m.vms = nil
+		for i := range 90 {
+			m.vms = append(m.vms, m.is(fleet.VMID(fmt.Sprintf("z%07d", 90*sync+i)), fleet.VMBooting))
+		}
+		if _, err := m.try(0); (status(t, err) == http.StatusOK) != (sync == 0) {
+			t.Errorf("sync %d: %v", sync, err)
+		}
+	}
+	if n := len(h.view().VMs); n > maxVMs {
+		t.Errorf("%d VMs on a node of 2 slots", n)
+	}
+}
+
+// The error of a pull may be as long as a tool's output: it is cut, and refuses nothing.
+func TestLongPullError(t *testing.T) {
+	h := newHouse(t)
+	m := h.mac("mac1")
+	m.images = []fleet.NodeImage{{Digest: digest, Ref: ref, State: fleet.ImageFailed, Error: strings.Repeat("é", 1<<20)}}
+	m.say()
+	if got := h.view().Nodes["mac1"].Images[0].Error; len(got) != maxText {
+		t.Errorf("%d bytes", len(got))
+	}
+}
+
 func TestRefusedSyncs(t *testing.T) {
 	h := newHouse(t)
 	for name, c := range map[string]struct {
@@ -490,6 +520,29 @@ func TestRefusedSyncs(t *testing.T) {
 		"a strange VM":      {func(r *api.SyncRequest) { r.VMs = []api.VMReport{{ID: "../../x", State: fleet.VMWarm}} }, http.StatusBadRequest},
 		"an unknown state":  {func(r *api.SyncRequest) { r.VMs = []api.VMReport{{ID: "vmaaaaaa", State: "asleep"}} }, http.StatusBadRequest},
 		"the leader's word": {func(r *api.SyncRequest) { r.VMs = []api.VMReport{{ID: "vmaaaaaa", State: fleet.VMLost}} }, http.StatusBadRequest},
+		"a long version":    {func(r *api.SyncRequest) { r.Node.Version = strings.Repeat("x", 4<<20) }, http.StatusBadRequest},
+		"a long platform":   {func(r *api.SyncRequest) { r.Node.OS = strings.Repeat("x", 300) }, http.StatusBadRequest},
+		"a long tag":        {func(r *api.SyncRequest) { r.Node.Tags = map[string]string{"a": strings.Repeat("x", 300)} }, http.StatusBadRequest},
+		"a long reference": {func(r *api.SyncRequest) {
+			r.Node.Images = []fleet.NodeImage{{Digest: digest, Ref: strings.Repeat("x", 2000)}}
+		}, http.StatusBadRequest},
+		"a long label": {func(r *api.SyncRequest) {
+			r.VMs = []api.VMReport{{ID: "vmaaaaaa", State: fleet.VMWarm, Runner: &api.RunnerReport{Labels: fleet.Labels{strings.Repeat("x", 300)}}}}
+		}, http.StatusBadRequest},
+		"many labels": {func(r *api.SyncRequest) {
+			r.VMs = []api.VMReport{{ID: "vmaaaaaa", State: fleet.VMWarm, Runner: &api.RunnerReport{Labels: make(fleet.Labels, 1000)}}}
+		}, http.StatusBadRequest},
+		"more VMs than slots": {func(r *api.SyncRequest) {
+			for i := range 101 {
+				r.VMs = append(r.VMs, api.VMReport{ID: fleet.VMID(fmt.Sprintf("z%07d", i)), State: fleet.VMBooting})
+			}
+		}, http.StatusBadRequest},
+		"an unordered image": {func(r *api.SyncRequest) {
+			r.VMs = []api.VMReport{{ID: "vmaaaaaa", State: fleet.VMWarm, Order: api.VMOrder{Pool: "small", Image: "latest"}}}
+		}, http.StatusBadRequest},
+		"an unordered pool": {func(r *api.SyncRequest) {
+			r.VMs = []api.VMReport{{ID: "vmaaaaaa", State: fleet.VMWarm, Order: api.VMOrder{Pool: "A B", Image: digest}}}
+		}, http.StatusBadRequest},
 		"a VM twice": {func(r *api.SyncRequest) {
 			r.VMs = []api.VMReport{{ID: "vmaaaaaa", State: fleet.VMWarm}, {ID: "vmaaaaaa", State: fleet.VMBusy}}
 		}, http.StatusBadRequest},
