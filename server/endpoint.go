@@ -36,6 +36,9 @@ func endpoint[REQ, RESP any](do func(*Server, context.Context, call, REQ) (RESP,
 		return func(c *gin.Context) {
 			began := time.Now()
 			var parked time.Duration
+			// A body that nobody reads, since its sender is refused, net/http reads: that ends, too.
+			control := http.NewResponseController(c.Writer)
+			_ = control.SetReadDeadline(began.Add(s.bodyTime))
 			answer, err := func() (answer RESP, err error) {
 				to := call{id: c.Param("id"), query: c.Request.URL.Query(), now: s.c.Now(), parked: &parked}
 				if r.needs != "" {
@@ -53,6 +56,7 @@ func endpoint[REQ, RESP any](do func(*Server, context.Context, call, REQ) (RESP,
 						return answer, err
 					}
 				}
+				_ = control.SetReadDeadline(time.Time{}) // else it would end a parked call
 				return do(s, c.Request.Context(), to, request)
 			}()
 			if err != nil {

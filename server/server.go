@@ -65,6 +65,7 @@ type Server struct {
 	metrics  metrics
 	ledger   *ledgerCache
 	engine   *gin.Engine
+	bodyTime time.Duration // see bodyTime; tests have less of it
 
 	drain    chan struct{} // closed when parked calls shall be answered
 	draining sync.Once
@@ -95,7 +96,7 @@ func New(c Config) (*Server, error) {
 		c.Now = time.Now
 	}
 	s := &Server{c: c, log: c.Log, verifier: verifier, metrics: newMetrics(c.Metrics), drain: make(chan struct{}),
-		ledger: newLedgerCache(c.Store.ReadLedger)}
+		ledger: newLedgerCache(c.Store.ReadLedger), bodyTime: bodyTime}
 	s.engine = s.routes()
 	return s, nil
 }
@@ -121,6 +122,10 @@ const (
 	maxBody = 64 << 10
 	maxSync = 8 << 20
 )
+
+// bodyTime is how long a body may take: a sync of 1 MB over 1 Mbit/s. It counts before
+// anybody has said who they are.
+const bodyTime = 10 * time.Second
 
 var table = []route{
 	{http.MethodPost, api.RouteSync, access.Sync, endpoint((*Server).sync)},

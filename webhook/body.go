@@ -47,15 +47,17 @@ func (b *bodies) read(w http.ResponseWriter, r *http.Request) (*body, outcome) {
 		w.Header().Set("Connection", "close") // rather than read what nobody wants
 		return nil, tooLarge
 	}
+	// A slow sender holds a connection, and if its body is large a place, no longer than
+	// others wait for one. Not every ResponseWriter can set a deadline; net/http's can.
+	control := http.NewResponseController(w)
+	_ = control.SetReadDeadline(time.Now().Add(b.timeout))
 	// A length is not always announced; what has none may be large.
 	large := r.ContentLength < 0 || r.ContentLength > usualBody
 	if large {
 		if !b.enter(r) {
 			return nil, unavailable
 		}
-		// A sender holds its place no longer than others wait for one. Not every
-		// ResponseWriter can set a deadline; net/http's can, and clears it by itself.
-		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(b.timeout))
+		_ = control.SetReadDeadline(time.Now().Add(b.timeout))
 	}
 	got := b.pool.Get().(*body)
 	got.Reset()
@@ -69,6 +71,7 @@ func (b *bodies) read(w http.ResponseWriter, r *http.Request) (*body, outcome) {
 		}
 		return nil, cutOff
 	}
+	_ = control.SetReadDeadline(time.Time{}) // else it would end the merge, too
 	return got, accepted
 }
 

@@ -52,7 +52,7 @@ type Config struct {
 	Merge func(ctx context.Context, d store.Delivery) (store.Merged, error)
 	// MaxBody is the largest body taken, in bytes; 0: 25 MB, GitHub's own cap.
 	MaxBody int64
-	// Timeout bounds the wait for a large body and for Merge; 0: 5 s, half of what
+	// Timeout bounds the reading of a body, the wait for a large one's turn, and Merge; 0: 5 s, half of what
 	// GitHub waits for an answer.
 	Timeout time.Duration
 	// Log is told when the store fails and when it is back; nil: discarded.

@@ -128,7 +128,8 @@ func (c *Control) Open(ctx context.Context) (err error) {
 	c.http = &http.Server{
 		Handler: handler, TLSConfig: &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12},
 		ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
-		ErrorLog: slog.NewLogLogger(c.c.Log.Handler(), slog.LevelDebug),
+		ReadTimeout: 30 * time.Second, // of bodies that no handler reads; those that do are stricter
+		ErrorLog:    slog.NewLogLogger(c.c.Log.Handler(), slog.LevelDebug),
 	}
 	c.http.RegisterOnShutdown(drain)
 	if err := c.leaveTokenForCLI(ctx, time.Now()); err != nil {
