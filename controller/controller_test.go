@@ -192,6 +192,29 @@ func TestEmptiedStore(t *testing.T) {
 	}
 }
 
+// A node that was taken out of service is not waited for when the store is emptied.
+func TestRemovedNodeIsNotAwaited(t *testing.T) {
+	url, redis := storetest.StartRedis(t)
+	s, err := store.Open(t.Context(), store.Config{URL: url})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := newWorldOn(t, s)
+	w.report("mac-1", fleet.ImageReady)
+	w.report("mac-2", fleet.ImageReady)
+	w.pass(0)
+	w.commit(store.Txn{DropNodes: []fleet.NodeID{"mac-1"}})
+	w.pass(0)
+	redis.Flush(t)
+	w.image()
+	w.report("mac-2", fleet.ImageReady)
+	w.queue()
+	w.pass(time.Second)
+	if n := len(w.live()); n != 1 {
+		t.Errorf("%d VMs; want one at once, without waiting for the removed node", n)
+	}
+}
+
 // GitHub did the work and the answer was lost: the runner is found by its name, removed,
 // and a new one made under a new name.
 func TestLostAnswer(t *testing.T) {

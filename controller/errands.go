@@ -141,7 +141,7 @@ func (c *Controller) errandFor(ended map[string]fleet.JobID, vm *fleet.VM, t tur
 	}
 	switch {
 	case vm.State.Final():
-		if claim == nil || vm.State == fleet.VMLost && claim.RunnerID == 0 {
+		if claim == nil {
 			return nil
 		}
 		if job, ran := ended[claim.Runner]; ran { // GitHub removed the ephemeral runner with its job

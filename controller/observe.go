@@ -55,6 +55,7 @@ func (c *Controller) observe(ctx context.Context, term store.Term, now time.Time
 		c.mu.Unlock()
 		c.c.Log.Info("incarnation settled", "incarnation", view.Incarnation, "nodes", len(view.Nodes), "silent", len(missing))
 	}
+	clear(c.known) // a node that was removed is not waited for again
 	for id := range view.Nodes {
 		c.known[id] = true
 	}
