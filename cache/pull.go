@@ -117,7 +117,7 @@ func (s *Store) work(ctx context.Context, e *entry, w *work, h fleet.Hold) error
 	case err == nil:
 		e.failures = 0
 		return nil
-	case cancelled(ctx, err):
+	case cancelled(ctx, err) && e.State != fleet.ImageVerifying: // which no cancellation ends
 		w.err = errAgain
 		if s.dir.begun(e.Digest) {
 			s.move(e, fleet.ImagePaused)
@@ -136,6 +136,13 @@ func (s *Store) work(ctx context.Context, e *entry, w *work, h fleet.Hold) error
 func (s *Store) pull(ctx context.Context, e *entry, t *turn, h fleet.Hold) error {
 	if err := s.await(ctx, t); err != nil {
 		return err
+	}
+	if m, err := s.published(e.Digest); m != nil || err != nil {
+		if err != nil {
+			return diskError(err)
+		}
+		s.verifying(t)
+		return s.arrived(e, m)
 	}
 	p, err := s.openPartial(h)
 	if err != nil {
@@ -156,10 +163,7 @@ func (s *Store) pull(ctx context.Context, e *entry, t *turn, h fleet.Hold) error
 	if err := f.chunks(ctx); err != nil {
 		return err
 	}
-	s.mu.Lock()
-	s.move(e, fleet.ImageVerifying)
-	s.mu.Unlock()
-	s.leave(t) // the next pull may begin: this one needs no more bytes
+	s.verifying(t)
 	if err := p.seal(f.image, h.Ref); err != nil {
 		return err
 	}
@@ -167,6 +171,21 @@ func (s *Store) pull(ctx context.Context, e *entry, t *turn, h fleet.Hold) error
 		return fmt.Errorf("publishing the image: %w", diskError(err))
 	}
 	return s.arrived(e, f.image)
+}
+
+// published returns the manifest of an image that is in its place already, although it is
+// not listed: what a pull left that failed after the rename. What is there and is no
+// image is removed. nil: nothing is there (any more).
+func (s *Store) published(d fleet.Digest) (*image.Manifest, error) {
+	m, err := s.inspect(d)
+	switch {
+	case err == nil:
+		return m, s.dir.discard(s.dir.partial(d))
+	case unusable(err):
+		return nil, s.dir.discard(s.dir.image(d))
+	default:
+		return nil, fmt.Errorf("looking for the image on disk: %w", err)
+	}
 }
 
 // arrived lists a published image as ready.
@@ -177,8 +196,10 @@ func (s *Store) arrived(e *entry, m *image.Manifest) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if from := e.State; !s.move(e, fleet.ImageReady) {
+		return fmt.Errorf("the image is on disk, and cannot become ready from %q", from)
+	}
 	e.DiskBytes = size
-	s.move(e, fleet.ImageReady)
 	s.log.Info("image ready", "image", e.Digest, "ref", e.Ref, "wire_bytes", m.Bytes(), "disk_bytes", size)
 	return nil
 }

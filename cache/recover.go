@@ -5,10 +5,26 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/image"
 )
+
+// errNoImage marks what is in an image's place, was read, and is not that image.
+var errNoImage = errors.New("no image")
+
+// unusable reports whether err says that there is no such image, or not in full. Any
+// other error (too many open files, a failing disk, a lack of rights) says nothing of the
+// image, which may be whole.
+func unusable(err error) bool {
+	for _, target := range []error{os.ErrNotExist, syscall.ENOTDIR, syscall.EISDIR, errNoImage} {
+		if errors.Is(err, target) {
+			return true
+		}
+	}
+	return isFormat(err)
+}
 
 // recover lists what a former process left: ready images, partial ones to be resumed,
 // leases. What is neither is removed, and said in the log.
@@ -70,29 +86,41 @@ func (s *Store) readManifest(dir string, d fleet.Digest) (*image.Manifest, image
 		return nil, nil, err
 	}
 	if got := image.DigestOf(raw); got != d {
-		return nil, nil, fmt.Errorf("its manifest has digest %s", got)
+		return nil, nil, fmt.Errorf("%w: its manifest has digest %s", errNoImage, got)
 	}
 	return image.Parse(raw, s.codecs)
+}
+
+// inspect reads the manifest of a published image and checks that its files are there.
+// Errors that are unusable say that this is no image.
+func (s *Store) inspect(d fleet.Digest) (*image.Manifest, error) {
+	dir := s.dir.image(d)
+	m, _, err := s.readManifest(dir, d)
+	if err != nil {
+		return nil, err
+	}
+	return m, checkFiles(dir, m)
+}
+
+// checkFiles holds the files of an image to the sizes in its manifest.
+func checkFiles(dir string, m *image.Manifest) error {
+	for file, want := range map[string]int64{diskFile: m.DiskSize, nvramFile: m.NVRAM.Size, configFile: m.Config.Size} {
+		info, err := os.Stat(filepath.Join(dir, file))
+		if err != nil {
+			return err
+		}
+		if info.Size() != want {
+			return fmt.Errorf("%w: %s has %d bytes, the manifest says %d", errNoImage, file, info.Size(), want)
+		}
+	}
+	return nil
 }
 
 // adoptImage lists a published image, if it is one.
 func (s *Store) adoptImage(d fleet.Digest) error {
 	dir := s.dir.image(d)
-	m, _, err := s.readManifest(dir, d)
-	if err != nil {
+	if _, err := s.inspect(d); err != nil {
 		return err
-	}
-	for _, file := range []string{nvramFile, configFile} {
-		if _, err := os.Stat(filepath.Join(dir, file)); err != nil {
-			return err
-		}
-	}
-	disk, err := os.Stat(filepath.Join(dir, diskFile))
-	if err != nil {
-		return err
-	}
-	if disk.Size() != m.DiskSize {
-		return fmt.Errorf("its disk has %d bytes, its manifest says %d", disk.Size(), m.DiskSize)
 	}
 	size, err := allocated(dir)
 	if err != nil {

@@ -17,7 +17,7 @@ const gone fleet.ImageState = ""
 //	gone ─▶ queued ─▶ caching ─▶ verifying ─▶ ready ─▶ evicting ─▶ gone
 //	           ▲       │  ▲           │
 //	           │       ▼  │           │
-//	           ├──── paused           │      paused and failed may be evicted too
+//	           ├──── paused ─▶        │      paused and failed may be evicted too
 //	           └──── failed ◀─────────┘
 var moves = map[fleet.ImageState][]fleet.ImageState{
 	// At the start of the agent, images are found ready or half done.
@@ -26,10 +26,11 @@ var moves = map[fleet.ImageState][]fleet.ImageState{
 	fleet.ImageQueued: {fleet.ImageCaching, fleet.ImagePaused, fleet.ImageFailed, gone},
 	// A more urgent pull takes the turn, or the last caller goes: paused.
 	fleet.ImageCaching: {fleet.ImagePaused, fleet.ImageVerifying, fleet.ImageFailed, gone},
-	// The turn comes back; or a new caller queues up for what nobody pulled.
-	fleet.ImagePaused: {fleet.ImageCaching, fleet.ImageQueued, fleet.ImageFailed, fleet.ImageEvicting, gone},
-	// All chunks are here; what remains is to publish.
-	fleet.ImageVerifying: {fleet.ImageReady, fleet.ImagePaused, fleet.ImageFailed},
+	// The turn comes back; or a new caller queues up for what nobody pulled; or the turn
+	// went when the last byte had come already.
+	fleet.ImagePaused: {fleet.ImageCaching, fleet.ImageQueued, fleet.ImageVerifying, fleet.ImageFailed, fleet.ImageEvicting, gone},
+	// All chunks are here; what remains is to publish, which no turn and no caller ends.
+	fleet.ImageVerifying: {fleet.ImageReady, fleet.ImageFailed},
 	fleet.ImageReady:     {fleet.ImageEvicting},
 	// An eviction that fails leaves what there was.
 	fleet.ImageEvicting: {gone, fleet.ImageReady, fleet.ImageFailed, fleet.ImagePaused},
@@ -58,12 +59,12 @@ type work struct {
 }
 
 // move is the only place where a state changes; s.mu is held. A move that is not in the
-// table is refused and logged: it is a bug of this package, and no reason to stop a
-// node.
-func (s *Store) move(e *entry, to fleet.ImageState) {
+// table is refused (false) and logged: it is a bug of this package, and no reason to
+// stop a node.
+func (s *Store) move(e *entry, to fleet.ImageState) bool {
 	if !slices.Contains(moves[e.State], to) {
 		s.log.Error("no such move of an image", "image", e.Digest, "from", e.State, "to", to)
-		return
+		return false
 	}
 	e.State = to
 	if to != fleet.ImageFailed {
@@ -73,6 +74,7 @@ func (s *Store) move(e *entry, to fleet.ImageState) {
 		delete(s.images, e.Digest)
 	}
 	s.notify()
+	return true
 }
 
 // entry finds or makes the entry of an image; s.mu is held.

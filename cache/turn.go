@@ -33,11 +33,25 @@ func (s *Store) take(e *entry) *turn {
 func (s *Store) leave(t *turn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.giveUp(t)
+}
+
+// giveUp is leave; s.mu is held.
+func (s *Store) giveUp(t *turn) {
 	if i := slices.Index(s.turns, t); i >= 0 {
 		s.turns = slices.Delete(s.turns, i, i+1)
 		t.entry.turn = nil
 		s.reorder()
 	}
+}
+
+// verifying ends the part of a pull that needs a turn, so that the next pull may begin.
+// Both happen under one lock: a pull that is verified and has a turn could be paused.
+func (s *Store) verifying(t *turn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.giveUp(t)
+	s.move(t.entry, fleet.ImageVerifying)
 }
 
 // reorder sorts the turns and opens the first; s.mu is held. It is called whenever a
