@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"sync"
 	"time"
@@ -163,7 +162,7 @@ func (a *Agent) boot(ctx context.Context, l *life) error {
 		}
 	}
 	dir := a.cloneDir(l.order.ID)
-	if err := os.RemoveAll(dir); err != nil { // what a crash left of a clone
+	if err := removeTree(dir); err != nil { // what a crash left of a clone
 		return fmt.Errorf("making room for the clone: %w", err)
 	}
 	if err := a.c.Images.Clone(ctx, l.order.Image, dir, l.order.Disk); err != nil {

@@ -87,7 +87,7 @@ func (a *Agent) sweepClones(ours, strangers map[fleet.VMID]bool) error {
 			continue
 		}
 		a.log.Warn("a clone that no VM has is removed", "vm", id)
-		if err := os.RemoveAll(filepath.Join(a.clones(), e.Name())); err != nil {
+		if err := removeTree(filepath.Join(a.clones(), e.Name())); err != nil {
 			return fmt.Errorf("removing a clone that no VM has: %w", err)
 		}
 	}

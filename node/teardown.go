@@ -3,7 +3,6 @@ package node
 import (
 	"context"
 	"errors"
-	"os"
 	"time"
 
 	"github.com/paddock-ci/paddock/fleet"
@@ -111,7 +110,7 @@ func (a *Agent) unboot(ctx context.Context, l *life) error {
 
 // unclone removes the clone with whatever the driver put beside it.
 func (a *Agent) unclone(_ context.Context, l *life) error {
-	return os.RemoveAll(a.cloneDir(l.order.ID))
+	return removeTree(a.cloneDir(l.order.ID))
 }
 
 // unlease releases the image. A VM from the journal takes its lease again to release
