@@ -15,7 +15,7 @@
 //	    nvram.bin config.json
 //	    image.json            the reference it was ordered by; its mtime is the last use
 //	partial/<hex>/            the same while it is being pulled, and
-//	    journal               a line per finished blob or chunk, written after its fsync
+//	    journal               a line per finished part of its kind, written after its fsync
 //	leases/<hex>/h-<holder>   one empty file per lease
 //	trash/<hex>.<random>      on its way out; emptied at the next start
 //

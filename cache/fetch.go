@@ -65,16 +65,18 @@ func (f *fetch) manifest(ctx context.Context) error {
 // small brings the VM config, which may show that the rest is not worth fetching, and
 // then the NVRAM.
 func (f *fetch) small(ctx context.Context) error {
-	if err := f.whole(ctx, "VM config", f.image.Config, configFile, f.codec.CheckConfig); err != nil {
+	if err := f.whole(ctx, aConfig, f.image.Config, configFile, f.codec.CheckConfig); err != nil {
 		return err
 	}
-	return f.whole(ctx, "NVRAM", f.image.NVRAM, nvramFile, func([]byte) error { return nil })
+	return f.whole(ctx, anNVRAM, f.image.NVRAM, nvramFile, func([]byte) error { return nil })
 }
 
 // whole brings a blob that is a file as it is. Its size is within the limits of package
 // image, so it fits in memory.
-func (f *fetch) whole(ctx context.Context, what string, b image.Blob, file string, check func([]byte) error) error {
-	if f.partial.journal.has(b.Digest) {
+func (f *fetch) whole(ctx context.Context, kind string, b image.Blob, file string, check func([]byte) error) error {
+	part, what := item{kind, b.Digest}, names[kind]
+	info, err := os.Stat(filepath.Join(f.partial.dir, file))
+	if err == nil && info.Size() == b.Size && f.partial.journal.has(part) {
 		return nil
 	}
 	if err := f.await(ctx); err != nil {
@@ -101,7 +103,7 @@ func (f *fetch) whole(ctx context.Context, what string, b image.Blob, file strin
 	if err := writeFile(filepath.Join(f.partial.dir, file), data); err != nil {
 		return diskError(err)
 	}
-	return diskError(f.partial.finished(nil, b.Digest))
+	return diskError(f.partial.finished(nil, part))
 }
 
 // chunks brings every distinct chunk that is missing, several at a time, and writes it
@@ -114,7 +116,7 @@ func (f *fetch) chunks(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(f.store.streams)
 	for _, c := range f.image.Distinct() {
-		if f.partial.journal.has(c.Content) {
+		if f.partial.journal.has(item{aChunk, c.Content}) {
 			continue
 		}
 		group.Go(func() error {
@@ -154,7 +156,7 @@ func (f *fetch) chunk(ctx context.Context, c image.Chunk, offsets []int64) error
 		wire.takeBack()
 		return err
 	}
-	return diskError(f.partial.finished(f.partial.disk, c.Content))
+	return diskError(f.partial.finished(f.partial.disk, item{aChunk, c.Content}))
 }
 
 // transfer decodes a chunk from the wire to the disk and verifies both its digests.

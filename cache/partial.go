@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -63,28 +64,24 @@ func (p *partial) openDisk(size int64) error {
 
 // finished notes that a blob or chunk is here in full. It waits until file is on disk
 // before it writes the note, so that the journal never promises what a crash took.
-func (p *partial) finished(file *os.File, d fleet.Digest) error {
+func (p *partial) finished(file *os.File, i item) error {
 	if file != nil {
 		if err := file.Sync(); err != nil {
 			return err
 		}
 	}
-	return p.journal.add(d)
+	return p.journal.add(i)
 }
 
 // seal checks that all is here, and waits until it is on disk.
 func (p *partial) seal(m *image.Manifest, ref string) error {
 	for _, c := range m.Distinct() {
-		if !p.journal.has(c.Content) {
+		if !p.journal.has(item{aChunk, c.Content}) {
 			return fmt.Errorf("layer %d is not in the journal after all were fetched", c.Layer)
 		}
 	}
-	info, err := p.disk.Stat()
-	if err != nil {
+	if err := checkFiles(p.dir, m); err != nil {
 		return diskError(err)
-	}
-	if info.Size() != m.DiskSize {
-		return diskError(fmt.Errorf("disk.img has %d bytes, want %d", info.Size(), m.DiskSize))
 	}
 	if err := p.disk.Sync(); err != nil {
 		return diskError(err)
@@ -126,12 +123,29 @@ func readMeta(dir string) (ref string, used time.Time) {
 	return m.Ref, used
 }
 
-// journal is the list of what is finished, in memory and on disk: a digest per line,
-// of content for chunks and of the blob for NVRAM.
+// item is a part of an image. The kind belongs to it: the same bytes may be the config,
+// the NVRAM and a chunk, and each has to be written to a place of its own.
+type item struct {
+	kind   string
+	digest fleet.Digest // of content for chunks, of the blob for the others
+}
+
+// Kinds of items, as the journal has them.
+const (
+	aChunk  = "chunk"
+	aConfig = "config"
+	anNVRAM = "nvram"
+)
+
+// names are what people call them.
+var names = map[string]string{aChunk: "chunk", aConfig: "VM config", anNVRAM: "NVRAM"}
+
+// journal is the list of what is finished, in memory and on disk: a line for each, of
+// its kind, a space and its digest.
 type journal struct {
 	mu   sync.Mutex
 	file *os.File
-	done map[fleet.Digest]bool
+	done map[item]bool
 }
 
 // openJournal reads a journal or begins one. A line that a crash cut short is dropped,
@@ -159,39 +173,41 @@ func openJournal(path string) (*journal, error) {
 	return &journal{file: f, done: done}, nil
 }
 
-// parseJournal reads lines up to the first that is not a digest and a newline; whole is
+// parseJournal reads lines up to the first that is not an item and a newline; whole is
 // how many bytes those are.
-func parseJournal(data []byte) (done map[fleet.Digest]bool, whole int64) {
-	done = make(map[fleet.Digest]bool)
+func parseJournal(data []byte) (done map[item]bool, whole int64) {
+	done = make(map[item]bool)
 	for {
 		line, rest, ok := bytes.Cut(data, []byte("\n"))
-		d := fleet.Digest(line)
-		if !ok || fleet.CheckDigest(d) != nil {
+		kind, digest, _ := strings.Cut(string(line), " ")
+		i := item{kind, fleet.Digest(digest)}
+		known := i.kind == aChunk || i.kind == aConfig || i.kind == anNVRAM
+		if !ok || !known || fleet.CheckDigest(i.digest) != nil {
 			return done, whole
 		}
-		done[d] = true
+		done[i] = true
 		whole += int64(len(line)) + 1
 		data = rest
 	}
 }
 
-func (j *journal) has(d fleet.Digest) bool {
+func (j *journal) has(i item) bool {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	return j.done[d]
+	return j.done[i]
 }
 
 // add writes a line and waits until it is on disk.
-func (j *journal) add(d fleet.Digest) error {
+func (j *journal) add(i item) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if _, err := j.file.WriteString(string(d) + "\n"); err != nil {
+	if _, err := j.file.WriteString(i.kind + " " + string(i.digest) + "\n"); err != nil {
 		return err
 	}
 	if err := j.file.Sync(); err != nil {
 		return err
 	}
-	j.done[d] = true
+	j.done[i] = true
 	return nil
 }
 
@@ -201,7 +217,7 @@ func (j *journal) bytes(m *image.Manifest) int64 {
 	defer j.mu.Unlock()
 	var sum int64
 	for _, c := range m.Distinct() {
-		if j.done[c.Content] {
+		if j.done[item{aChunk, c.Content}] {
 			sum += c.BlobSize
 		}
 	}

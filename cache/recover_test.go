@@ -39,7 +39,7 @@ func TestRecovery(t *testing.T) {
 	if err := os.Rename(at.image(half.Digest), at.partial(half.Digest)); err != nil {
 		t.Fatal(err)
 	}
-	write(filepath.Join(at.partial(half.Digest), journalFile), string(m.Chunks[0].Content)+"\n"+string(m.Chunks[1].Content)[:20])
+	write(filepath.Join(at.partial(half.Digest), journalFile), "chunk "+string(m.Chunks[0].Content)+"\nchunk "+string(m.Chunks[1].Content)[:20])
 	if err := os.Truncate(filepath.Join(at.image(spoilt.Digest), diskFile), 100); err != nil {
 		t.Fatal(err)
 	}
@@ -72,7 +72,8 @@ func TestRecovery(t *testing.T) {
 }
 
 func FuzzJournal(f *testing.F) {
-	f.Add([]byte("sha256:" + strings.Repeat("a", 64) + "\nsha256:" + strings.Repeat("b", 64)))
+	f.Add([]byte("chunk sha256:" + strings.Repeat("a", 64) + "\nnvram sha256:" + strings.Repeat("b", 64)))
+	f.Add([]byte("sha256:" + strings.Repeat("a", 64) + "\n"))
 	f.Add([]byte("\n\n"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		done, whole := parseJournal(data)
@@ -83,8 +84,8 @@ func FuzzJournal(f *testing.F) {
 		if len(again) != len(done) || rest != whole {
 			t.Fatalf("read again: %d entries, %d bytes; were %d, %d", len(again), rest, len(done), whole)
 		}
-		for d := range done {
-			if err := fleet.CheckDigest(d); err != nil {
+		for i := range done {
+			if err := fleet.CheckDigest(i.digest); err != nil {
 				t.Fatal(err)
 			}
 		}
