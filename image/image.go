@@ -100,11 +100,18 @@ func (m *Manifest) Lay(want int64) error {
 		return fmt.Errorf("%w: no disk layer", ErrMalformed)
 	}
 	var offset int64
+	sizes := make(map[fleet.Digest]int64, len(m.Chunks)) // by content
 	for i := range m.Chunks {
 		c := &m.Chunks[i]
 		if err := c.check(); err != nil {
 			return fmt.Errorf("layer %d: %w", c.Layer, err)
 		}
+		// Equal contents are fetched once and written to all their offsets: with two
+		// sizes, the larger would be written over its neighbour.
+		if size, seen := sizes[c.Content]; seen && size != c.Size {
+			return fmt.Errorf("layer %d: %w: content %s has %d bytes here and %d in a layer before", c.Layer, ErrSizeMismatch, c.Content.Short(), c.Size, size)
+		}
+		sizes[c.Content] = c.Size
 		if offset > MaxDiskBytes-c.Size {
 			return fmt.Errorf("layer %d: %w: the disk would exceed %d bytes", c.Layer, ErrTooLarge, int64(MaxDiskBytes))
 		}

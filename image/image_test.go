@@ -140,3 +140,20 @@ func FuzzParseReference(f *testing.F) {
 		}
 	})
 }
+
+// A content digest with two sizes cannot be true of both chunks; the same content twice
+// is common.
+func TestLayTookOneContentInTwoSizes(t *testing.T) {
+	blob := fleet.Digest("sha256:" + strings.Repeat("b", 64))
+	chunk := func(layer int, size int64) Chunk {
+		return Chunk{Layer: layer, Size: size, Content: aDigest, Blob: blob, BlobSize: 1}
+	}
+	m := &Manifest{Chunks: []Chunk{chunk(1, 128<<10), chunk(2, 128<<10)}}
+	if err := m.Lay(256 << 10); err != nil {
+		t.Errorf("one size: %v", err)
+	}
+	m.Chunks = append(m.Chunks, chunk(3, 64<<10))
+	if err := m.Lay(-1); !errors.Is(err, ErrSizeMismatch) || !strings.Contains(err.Error(), "layer 3") {
+		t.Errorf("two sizes: %v; want %v of layer 3", err, ErrSizeMismatch)
+	}
+}
