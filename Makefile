@@ -5,6 +5,8 @@
 # packages that .ci/packages names.
 
 SHELL := bash
+# The make of macOS (3.81) does not know .SHELLFLAGS: loops and pipes say "|| exit 1" and
+# "set -o pipefail" themselves.
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
@@ -15,6 +17,12 @@ VERDICT := .cache/verdict
 
 # The modules that are tested and linted: the product, the end-to-end tests, the tools.
 MODULES := . $(patsubst %/go.mod,%,$(wildcard e2e/go.mod)) tools
+
+# The go command stamps what it builds by asking git, which refuses in a checkout that
+# another user owns (a container's mount). So git is asked here, and where it refuses the
+# programs call themselves "devel".
+export GOFLAGS := $(strip $(GOFLAGS) -buildvcs=false)
+VERSION = $(shell git describe --tags --match 'v[0-9]*' --dirty 2>/dev/null || git describe --always --exclude '*' --dirty 2>/dev/null | sed 's/^/devel-/')
 
 FUZZTIME ?= 30s
 COUNT    ?= 1
@@ -30,7 +38,7 @@ demo: build ## run 12 jobs on three nodes against a simulated GitHub; ARGS="--js
 .PHONY: build
 build: ## build the programs into bin/
 	@mkdir -p bin
-	go build -o bin/ ./cmd/...
+	go build -ldflags "-X main.version=$(VERSION)" -o bin/ ./cmd/...
 
 .PHONY: test
 test: packages $(VERDICT) ## vet and test everything with the race detector; with CI=true a skip is a failure
@@ -48,18 +56,18 @@ e2e: packages $(VERDICT) ## run only the end-to-end tests, with a real runner
 
 .PHONY: lint
 lint: $(LINT) ## linters, floors, formatting, checksums, and a build for macOS
-	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "gofmt these: $$unformatted" >&2; exit 1; }
+	@unformatted=$$(gofmt -l .) && test -z "$$unformatted" || { echo "gofmt these: $$unformatted" >&2; exit 1; }
 	@for module in $(MODULES); do \
 		echo "golangci-lint run ($$module)"; \
-		(cd $$module && $(CURDIR)/$(LINT) run --config $(CURDIR)/.golangci.yml ./...); \
+		(cd $$module && $(CURDIR)/$(LINT) run --config $(CURDIR)/.golangci.yml ./...) || exit 1; \
 	done
 	go test -count 1 .
 	go mod verify
-	GOOS=darwin GOARCH=arm64 CGO_ENABLED=0 go build -buildvcs=false ./...
+	GOOS=darwin GOARCH=arm64 CGO_ENABLED=0 go build ./...
 
 .PHONY: bench
 bench: packages $(STAT) ## run the benchmarks (COUNT=5 for a spread); figures go to .cache/bench.txt
-	go test -run '^$$' -bench . -benchmem -count $(COUNT) -timeout 60m ./... | tee .cache/bench.txt
+	set -o pipefail; go test -run '^$$' -bench . -benchmem -count $(COUNT) -timeout 60m ./... | tee .cache/bench.txt
 	$(STAT) .cache/bench.txt
 
 .PHONY: fuzz
@@ -72,7 +80,7 @@ vuln: $(VULN) ## look for known vulnerabilities (needs vuln.go.dev)
 
 .PHONY: tidy-check
 tidy-check: ## say what "go mod tidy" would change
-	@for module in $(MODULES); do echo "go mod tidy -diff ($$module)"; (cd $$module && go mod tidy -diff); done
+	@for module in $(MODULES); do echo "go mod tidy -diff ($$module)"; (cd $$module && go mod tidy -diff) || exit 1; done
 
 .PHONY: clean
 clean: ## remove what make has built
@@ -80,13 +88,13 @@ clean: ## remove what make has built
 
 # The tools are rebuilt when their pinned versions change.
 $(LINT): tools/go.mod tools/go.sum
-	go build -C tools -buildvcs=false -o ../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+	go build -C tools -o ../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 
 $(VULN): tools/go.mod tools/go.sum
-	go build -C tools -buildvcs=false -o ../$@ golang.org/x/vuln/cmd/govulncheck
+	go build -C tools -o ../$@ golang.org/x/vuln/cmd/govulncheck
 
 $(STAT): tools/go.mod tools/go.sum
-	go build -C tools -buildvcs=false -o ../$@ golang.org/x/perf/cmd/benchstat
+	go build -C tools -o ../$@ golang.org/x/perf/cmd/benchstat
 
 $(VERDICT): $(wildcard tools/verdict/*.go)
-	go build -C tools -buildvcs=false -o ../$@ ./verdict
+	go build -C tools -o ../$@ ./verdict

@@ -20,7 +20,7 @@ import (
 func build(t *testing.T, dir, pkg string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), filepath.Base(pkg))
-	command := exec.CommandContext(t.Context(), "go", "build", "-C", dir, "-o", path, pkg)
+	command := exec.CommandContext(t.Context(), "go", "build", "-C", dir, "-buildvcs=false", "-o", path, pkg)
 	if out, err := command.CombinedOutput(); err != nil {
 		t.Fatalf("build %s: %v\n%s", pkg, err, out)
 	}
