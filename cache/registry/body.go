@@ -44,6 +44,8 @@ type download struct {
 	at     int64 // bytes delivered
 	err    error // that ended it; it comes again with every further read
 	failed int   // tries in a row without a byte
+	port   *port // that the last request went through; nil: none did
+	fresh  bool  // its credentials were read for that request
 	resp   *http.Response
 	cancel context.CancelFunc // of resp's request
 	timer  *time.Timer        // cancels it when it stalls
@@ -121,6 +123,9 @@ func (d *download) connect(ctx context.Context) error {
 		if err == nil || ctx.Err() != nil {
 			return errors.Join(err, ctx.Err())
 		}
+		if d.refused(err) {
+			continue
+		}
 		if cache.ClassOf(err) != cache.ClassNetwork || errors.Is(err, errPlain) {
 			return err
 		}
@@ -128,6 +133,17 @@ func (d *download) connect(ctx context.Context) error {
 			return err
 		}
 	}
+}
+
+// refused reports whether to try once more with credentials read anew: those that were
+// refused were read for an earlier request, and may have been replaced since.
+func (d *download) refused(err error) bool {
+	if cache.ClassOf(err) != cache.ClassAuth || d.port == nil {
+		return false
+	}
+	d.client.forget(d.port, d.repository)
+	d.port = nil
+	return !d.fresh
 }
 
 // again waits before the next try, or gives the error back when there have been enough.
@@ -153,12 +169,13 @@ func (d *download) again(ctx context.Context, err error, retryAfter time.Duratio
 
 // request sends one request and keeps its response, if it is one that can be read on.
 func (d *download) request(ctx context.Context) (retryAfter time.Duration, err error) {
-	client, scheme, err := d.client.enter(ctx, d.repository)
+	p, fresh, err := d.client.enter(ctx, d.repository)
 	if err != nil {
 		return 0, d.classify(err)
 	}
+	d.port, d.fresh = p, fresh
 	ctx, cancel := context.WithCancel(ctx)
-	url := fmt.Sprintf("%s://%s/v2/%s/%s", scheme, d.repository.RegistryStr(), d.repository.RepositoryStr(), d.path)
+	url := fmt.Sprintf("%s://%s/v2/%s/%s", p.scheme, d.repository.RegistryStr(), d.repository.RepositoryStr(), d.path)
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		cancel()
@@ -170,7 +187,7 @@ func (d *download) request(ctx context.Context) (retryAfter time.Duration, err e
 	}
 	d.cancel = cancel
 	d.timer = time.AfterFunc(d.client.stall, cancel)
-	resp, err := client.Do(req)
+	resp, err := p.client.Do(req)
 	stalled := !d.timer.Stop()
 	if err != nil {
 		cancel()

@@ -20,8 +20,6 @@ import (
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
-	"github.com/google/go-containerregistry/pkg/name"
-	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 
 	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/fleet"
@@ -43,7 +41,8 @@ type Config struct {
 	// Pause is the wait before the second try, doubled for each further one, with
 	// jitter; a registry's Retry-After goes before it. 0: 500 ms.
 	Pause time.Duration
-	// Stall is how long no byte may move before a connection is given up; 0: 30 s.
+	// Stall is how long no byte may move before a connection is given up, and how long a
+	// login may take in all; 0: 30 s.
 	Stall time.Duration
 	// Log gets retries; nil: none.
 	Log *slog.Logger
@@ -172,45 +171,6 @@ func (c *Client) Blob(ctx context.Context, ref string, b image.Blob) (io.ReadClo
 		return nil, &cache.Error{Class: cache.ClassFormat, Err: err}
 	}
 	return c.open(ctx, r.Repository(), "blobs/"+string(b.Digest), b.Size, func(*http.Request) {})
-}
-
-// port is the way into one repository: authenticated, once for all requests.
-type port struct {
-	mu     sync.Mutex
-	client *http.Client // nil: not yet authenticated
-	scheme string
-}
-
-// enter returns the client for a repository, which it authenticates the first time; so
-// 8 streams share one token, and it is renewed for all when it expires.
-func (c *Client) enter(ctx context.Context, repository name.Repository) (*http.Client, string, error) {
-	c.mu.Lock()
-	p := c.ports[repository.Name()]
-	if p == nil {
-		p = &port{}
-		c.ports[repository.Name()] = p
-	}
-	c.mu.Unlock()
-
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.client != nil {
-		return p.client, p.scheme, nil
-	}
-	auth, err := authn.Resolve(ctx, c.keychain, repository)
-	if err != nil {
-		return nil, "", &cache.Error{Class: cache.ClassAuth, Err: fmt.Errorf("reading credentials for %s: %w; check the Docker config", repository.RegistryStr(), err)}
-	}
-	trip, err := transport.NewWithContext(ctx, repository.Registry, auth, c.base, []string{repository.Scope(transport.PullScope)})
-	if err != nil {
-		return nil, "", err
-	}
-	p.scheme = "https"
-	if image.Loopback(repository.RegistryStr()) {
-		p.scheme = "http" // the transport changes it to what answered its ping
-	}
-	p.client = &http.Client{Transport: trip, CheckRedirect: checkRedirect}
-	return p.client, p.scheme, nil
 }
 
 // checkRedirect follows a few redirects, and never carries credentials to another host:
