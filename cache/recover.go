@@ -27,7 +27,8 @@ func unusable(err error) bool {
 }
 
 // recover lists what a former process left: ready images, partial ones to be resumed,
-// leases. What is neither is removed, and said in the log.
+// leases. What is neither is removed, and said in the log; what cannot be read fails it,
+// for a whole image is not to be lost to a shortage of the moment.
 func (s *Store) recover() error {
 	if err := s.sweepTrash(); err != nil {
 		return err
@@ -41,7 +42,7 @@ func (s *Store) recover() error {
 	return s.recoverLeases()
 }
 
-// adopt takes over each image of one directory, or removes it.
+// adopt takes over each image of one directory, or removes what is none.
 func (s *Store) adopt(kind string, one func(fleet.Digest) error) error {
 	names, err := os.ReadDir(filepath.Join(string(s.dir), kind))
 	if err != nil {
@@ -49,14 +50,17 @@ func (s *Store) adopt(kind string, one func(fleet.Digest) error) error {
 	}
 	for _, name := range names {
 		d := fleet.Digest("sha256:" + name.Name())
-		err := fleet.CheckDigest(d)
-		if err == nil {
+		err := errNoImage
+		if fleet.CheckDigest(d) == nil {
 			err = one(d)
 		}
-		if err == nil {
+		switch {
+		case err == nil:
 			continue
+		case !unusable(err):
+			return fmt.Errorf("reading image %s: %w; mend that, or remove %s to pull it again", d.Short(), err, filepath.Join(string(s.dir), kind, name.Name()))
 		}
-		s.log.Warn("removing what is no image", "dir", kind, "name", name.Name(), "err", err)
+		s.log.Warn("removing what is no image", "dir", kind, "name", name.Name(), "error", err)
 		if err := s.dir.discard(filepath.Join(string(s.dir), kind, name.Name())); err != nil {
 			return err
 		}
@@ -150,7 +154,7 @@ func (s *Store) adoptPartial(d fleet.Digest) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if e := s.images[d]; e != nil && e.State == fleet.ImageReady {
-		return errors.New("the image is ready, too")
+		return fmt.Errorf("%w to be resumed: it is ready, too", errNoImage)
 	}
 	e := s.entry(d)
 	e.Ref, _ = readMeta(dir)

@@ -1,10 +1,12 @@
 package cache
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/paddock-ci/paddock/fleet"
@@ -68,6 +70,56 @@ func TestRecovery(t *testing.T) {
 	}
 	if want := []fleet.Digest{m.Config.Digest, m.NVRAM.Digest, m.Chunks[1].Blob}; !slices.Equal(shelf.asked, want) {
 		t.Errorf("asked for %v; want %v", shelf.asked, want)
+	}
+}
+
+// An image cannot be read at the start: a link that leads to itself stands for a disk
+// that fails or a shortage of files. Open fails and names the image, which is kept; when
+// it can be read again, it is ready. A partial image is no different.
+func TestUnreadableImageWasThrownAway(t *testing.T) {
+	for _, kind := range []string{"images", "partial"} {
+		t.Run(kind, func(t *testing.T) {
+			shelf := newShelf()
+			store := openShelf(t, shelf)
+			h, _ := shelf.put(t, "A")
+			if err := store.Pull(t.Context(), h); err != nil {
+				t.Fatal(err)
+			}
+			at, want := store.dir, fleet.ImageReady
+			if err := store.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if kind == "partial" {
+				want = fleet.ImagePaused
+				if err := os.Rename(at.image(h.Digest), at.partial(h.Digest)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			manifest := filepath.Join(at.of(kind, h.Digest), manifestFile)
+			if err := os.Rename(manifest, manifest+".aside"); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Symlink(manifestFile, manifest); err != nil {
+				t.Fatal(err)
+			}
+			if broken, err := Open(Config{Dir: string(at)}); !errors.Is(err, syscall.ELOOP) || !strings.Contains(err.Error(), h.Digest.Short()) {
+				if err == nil {
+					_ = broken.Close()
+				}
+				t.Fatalf("opened with an image that cannot be read: %v; want %v and its name", err, syscall.ELOOP)
+			}
+			if err := os.Rename(manifest+".aside", manifest); err != nil {
+				t.Fatal(err)
+			}
+			again, err := Open(Config{Dir: string(at)})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = again.Close() }()
+			if got := again.state(h.Digest); got != want {
+				t.Errorf("the image is %q when it can be read again; want %q", got, want)
+			}
+		})
 	}
 }
 

@@ -109,6 +109,6 @@ func (s *Store) fail(e *entry, err error) *Error {
 	s.move(e, fleet.ImageFailed)
 	e.failed = failure
 	e.Class, e.Error, e.RetryAt = string(failure.Class), err.Error(), failure.RetryAt
-	s.log.Warn("image pull failed", "image", e.Digest, "class", failure.Class, "retry_at", failure.RetryAt, "err", err)
+	s.log.Warn("image pull failed", "image", e.Digest, "class", failure.Class, "retry_at", failure.RetryAt, "error", err)
 	return failure
 }

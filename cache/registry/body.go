@@ -156,7 +156,7 @@ func (d *download) again(ctx context.Context, err error, retryAfter time.Duratio
 	// back together.
 	pause := d.client.pause << (d.failed - 1)
 	pause = max(retryAfter, pause/2+rand.N(pause/2+1))
-	d.client.log.Info("registry request will be tried again", "path", d.path, "at", d.at, "in", pause, "err", err)
+	d.client.log.Info("registry request will be tried again", "path", d.path, "at", d.at, "in", pause, "error", err)
 	timer := time.NewTimer(pause)
 	defer timer.Stop()
 	select {
