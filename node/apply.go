@@ -108,12 +108,13 @@ func (a *Agent) isStopping() bool {
 	}
 }
 
-// destroy ends the VMs that are named. One that we do not know is not ours to touch.
+// destroy ends the VMs that are named. One that we do not know is not ours to touch, and
+// one that is done has ended: of an agent before this one, it has nothing to end.
 func (a *Agent) destroy(orders []api.DestroyOrder) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for _, o := range orders {
-		if l, ours := a.vms[o.VM]; ours {
+		if l, ours := a.vms[o.VM]; ours && l.record.Report.State != fleet.VMDone {
 			l.end(&ending{Reason: "destroyed: " + o.Reason})
 		}
 	}

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"strings"
@@ -111,6 +112,43 @@ func TestAfterACrash(t *testing.T) {
 			s.checkEmpty(t)
 		})
 	}
+}
+
+// TestDestroyOfADoneVM: the agent that ended the VM is gone, its end is not acknowledged,
+// and the controller, which has not heard of it, wants the VM destroyed.
+func TestDestroyOfADoneVM(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *stand) {
+		order := s.order("aaaaaaaa", jobGood)
+		calls := make(chan api.SyncRequest)
+		a, err := New(Config{ID: "mac-1", Dir: s.dir, Machines: s.yard, Images: s.shelf, Log: s.log,
+			Sync: func(ctx context.Context, r api.SyncRequest) (api.SyncReply, error) {
+				select {
+				case calls <- r:
+					return api.SyncReply{Revision: "1", Destroy: []api.DestroyOrder{{VM: order.ID, Reason: "surplus"}}}, nil
+				case <-ctx.Done():
+					return api.SyncReply{}, ctx.Err()
+				}
+			}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		done := api.VMReport{ID: order.ID, Order: order, State: fleet.VMDone, DoneAt: time.Now(), Reason: "runner exited 0"}
+		if err := a.journal.put(record{Report: done}); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- a.Run(ctx) }()
+		for range 2 { // the second call says what the first one's reply did
+			if r := <-calls; len(r.VMs) != 1 || r.VMs[0].State != fleet.VMDone || r.VMs[0].Reason != done.Reason {
+				t.Errorf("reported: %+v", r.VMs)
+			}
+		}
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("the agent: %v", err)
+		}
+	})
 }
 
 func theRunner() *api.RunnerReport {
