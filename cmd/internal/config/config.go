@@ -8,6 +8,8 @@ package config
 import (
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -228,15 +230,18 @@ func stateHome() string {
 
 // defaultHost is this host's name with the port of listen, or listen's own host.
 func defaultHost(listen string) string {
-	host, port, _ := strings.Cut(listen, ":")
-	if host == "" || host == "0.0.0.0" {
+	host, port, err := net.SplitHostPort(listen)
+	if err != nil {
+		host = listen // without a port: the listener will say so
+	}
+	if ip, err := netip.ParseAddr(host); host == "" || err == nil && ip.IsUnspecified() {
 		name, err := os.Hostname()
 		if err != nil {
 			name = "localhost"
 		}
 		host = name
 	}
-	return host + ":" + port
+	return net.JoinHostPort(host, port)
 }
 
 // fitName makes a node name of a host name: its first label, lower case.
@@ -251,7 +256,7 @@ func fitName(host string) string {
 	if fit == "" {
 		return "node"
 	}
-	return fit[:min(len(fit), 63)]
+	return strings.TrimRight(fit[:min(len(fit), 63)], "-") // 63: a DNS label's most
 }
 
 // FleetPools are the pools as the other packages speak of them.

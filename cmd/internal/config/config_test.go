@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/paddock-ci/paddock/fleet"
 )
 
 const good = `
@@ -52,6 +54,52 @@ func TestLoad(t *testing.T) {
 	}
 }
 
+// Variables that others put into the environment are no mistakes: Kubernetes does beside
+// a Service called paddock, and the process driver marks what it runs.
+func TestOthersVariables(t *testing.T) {
+	c, err := load(t, good,
+		"PADDOCK_PORT=tcp://10.0.0.7:8443", "PADDOCK_PORT_8443_TCP=tcp://10.0.0.7:8443", "PADDOCK_PORT_8443_TCP_ADDR=10.0.0.7",
+		"PADDOCK_SERVICE_HOST=10.0.0.7", "PADDOCK_SERVICE_PORT=8443", "PADDOCK_SERVICE_PORT_HTTPS=8443",
+		"PADDOCK_MACHINE=/clones/aaaaaaaa", "PADDOCK_GUEST_SOCKET=/clones/aaaaaaaa/s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Listen != "127.0.0.1:9443" {
+		t.Errorf("listen %q", c.Listen)
+	}
+}
+
+func TestDefaultHost(t *testing.T) {
+	name, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for listen, want := range map[string]string{
+		":8443": name + ":8443", "0.0.0.0:8443": name + ":8443", "[::]:8443": name + ":8443",
+		"[::1]:8443": "[::1]:8443", "10.0.0.7:1": "10.0.0.7:1", "mac.example.com:8443": "mac.example.com:8443",
+	} {
+		if got := defaultHost(listen); got != want {
+			t.Errorf("listen %s: %s, want %s", listen, got, want)
+		}
+	}
+}
+
+func TestFitName(t *testing.T) {
+	long := strings.Repeat("x", 62)
+	for host, want := range map[string]string{
+		"Mac-1.example.com": "mac-1", "Anna's Mac": "anna-s-mac", "--": "node", "": "node",
+		long + "-yy": long, // cut at 63, which is the hyphen
+	} {
+		got := fitName(host)
+		if got != want {
+			t.Errorf("host %q: %q, want %q", host, got, want)
+		}
+		if err := fleet.CheckName("node", got); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // Each mistake gives one message with the line it is on and a hint.
 func TestMistakes(t *testing.T) {
 	tests := []struct{ name, text, environ, line, want string }{
@@ -74,6 +122,7 @@ func TestMistakes(t *testing.T) {
 		{"text for a truth", good + "    match_hosted: perhaps\n", "", ":16: match_hosted", "true or false"},
 		{"a tag before nothing", "pools:\n  - scopes: !odd\n      a: 1\n    labels: !odd\n", "", ":", ""},
 		{"list for everything", "- a\n", "", ":1:", "wants a mapping, not a list"},
+		{"variable that begins like another's", good, "PADDOCK_PORTS=1", "", "unknown variable"},
 		{"unknown variable", good, "PADDOCK_LISTN=:1", "", "unknown variable"},
 		{"variable that is no number", good, "PADDOCK_NODE_SLOTS=two", "", "whole number"},
 		{"half a certificate", good + "tls: {cert: a.pem}\n", "", ":16:", "go together"},

@@ -46,13 +46,30 @@ func (c *Config) variables() map[string]func(string) error {
 // notKeys are variables of the command line's client, not of the file.
 var notKeys = map[string]bool{"PADDOCK_CONFIG": true, "PADDOCK_TOKEN": true, "PADDOCK_CERTIFICATE": true}
 
+// notOurs says that a variable was not written for the configuration: this project's
+// tests, the process driver's marks of a guest (a job may run Paddock), and what
+// Kubernetes puts into every container beside a Service called paddock.
+func notOurs(key string) bool {
+	rest := strings.TrimPrefix(key, "PADDOCK_")
+	switch rest {
+	case "MACHINE", "GUEST_SOCKET", "PORT":
+		return true
+	}
+	for _, prefix := range []string{"TEST_", "PORT_", "SERVICE_"} {
+		if strings.HasPrefix(rest, prefix) {
+			return true
+		}
+	}
+	return false
+}
+
 // overlay applies the environment; an unknown PADDOCK_ variable is a mistake, since it
 // would otherwise be silently without effect.
 func (c *Config) overlay(environ []string) error {
 	known, given := c.variables(), map[string]string{}
 	for _, entry := range environ { // of two entries the later counts
 		key, value, _ := strings.Cut(entry, "=")
-		if strings.HasPrefix(key, "PADDOCK_") && !notKeys[key] && !strings.HasPrefix(key, "PADDOCK_TEST_") {
+		if strings.HasPrefix(key, "PADDOCK_") && !notKeys[key] && !notOurs(key) {
 			given[key] = value
 		}
 	}
