@@ -120,11 +120,12 @@ func TestPullsAmongHastyCallersEndReady(t *testing.T) {
 		done := make(chan error)
 		for _, h := range holds {
 			go func() { done <- store.Pull(t.Context(), h) }()
-			h.Demand = true
+			urgent := h
+			urgent.Demand = true
 			for range 3 {
 				ctx, cancel := context.WithCancel(t.Context())
 				go func() {
-					err := store.Pull(ctx, h)
+					err := store.Pull(ctx, urgent)
 					if errors.Is(err, context.Canceled) {
 						err = nil
 					}
