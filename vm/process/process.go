@@ -240,10 +240,12 @@ func socketPath(dir string) (string, error) {
 	return path, nil
 }
 
-// removeSocket removes what socketPath, now or in a process that was killed, made.
+// removeSocket removes what socketPath, now or in a process that was killed, made. A job
+// may have taken the right to write from its own directory: the socket then goes with
+// the clone, whose owner gives it back.
 func removeSocket(dir string) error {
 	err := os.Remove(filepath.Join(dir, socketFile))
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ENAMETOOLONG) {
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) || errors.Is(err, syscall.ENAMETOOLONG) {
 		err = nil
 	}
 	if err = errors.Join(err, os.RemoveAll(filepath.Dir(shortPath(dir)))); err != nil {
