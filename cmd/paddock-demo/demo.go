@@ -9,12 +9,15 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/signal"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/term"
 
+	"github.com/paddock-ci/paddock/access"
 	"github.com/paddock-ci/paddock/cache/registrytest"
 	"github.com/paddock-ci/paddock/cmd/internal/config"
 	"github.com/paddock-ci/paddock/cmd/internal/parts"
@@ -27,6 +30,8 @@ const (
 	slots   = 2
 	jobs    = 12
 	timeout = 2 * time.Minute // for all jobs; they take a few seconds
+
+	withdrawal = 15 * time.Second // after an interrupt; a teardown takes a second or two
 )
 
 // demo is one showing.
@@ -59,11 +64,15 @@ func (d *demo) play(ctx context.Context) (*result, error) {
 		return nil, fmt.Errorf("set the scene: %w", err)
 	}
 	r, err := d.playInside(ctx, outside)
+	if r == nil && ctx.Err() != nil {
+		r = &result{Jobs: jobs} // interrupted before the first job
+	}
 	if r != nil {
-		d.inspect(r)
+		r.measure()
+		d.inspect(outside, r)
 	}
 	if ctx.Err() != nil {
-		err = errors.New("interrupted; everything was torn down")
+		return r, r.interrupted(err)
 	}
 	return r, err
 }
@@ -74,7 +83,8 @@ func (d *demo) playInside(ctx, outside context.Context) (r *result, err error) {
 	above, stopControl := context.WithCancel(outside)
 	control, above := errgroup.WithContext(above)
 	defer func() { stopControl(); err = errors.Join(err, control.Wait()) }()
-	below, stopNodes := context.WithCancel(ctx)
+	// Not ended by an interrupt: the nodes are stopped in their turn.
+	below, stopNodes := context.WithCancel(outside)
 	nodes, below := errgroup.WithContext(below)
 	defer func() { stopNodes(); err = errors.Join(err, nodes.Wait()) }()
 
@@ -84,13 +94,53 @@ func (d *demo) playInside(ctx, outside context.Context) (r *result, err error) {
 	if err := d.openNodes(below, nodes); err != nil {
 		return nil, fmt.Errorf("start the nodes: %w", err)
 	}
-	watching, cancel := context.WithTimeout(below, timeout)
+	watching, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
+	defer context.AfterFunc(below, cancel)() // a node that fails ends the showing
 	if r, err = d.perform(watching); err == nil {
 		err = d.settle(watching, r)
 	}
+	if ctx.Err() != nil {
+		err = d.withdraw(outside, r, func() error { stopNodes(); return nodes.Wait() })
+	}
 	return r, err
 }
+
+// withdraw ends an interrupted showing: nothing new is placed, the jobs are cancelled, the
+// nodes destroy their VMs and say so, and the controller runs on until it has taken their runners from
+// GitHub, for withdrawal at most. A second interrupt ends the waiting at once.
+func (d *demo) withdraw(ctx context.Context, r *result, stopNodes func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, withdrawal)
+	defer cancel()
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	client, err := d.control.Client(access.Operator)
+	if err != nil {
+		return errors.Join(err, stopNodes())
+	}
+	for i := range nodes {
+		_, cordoned := client.Cordon(ctx, nodeName(i))
+		err = errors.Join(err, cordoned)
+	}
+	err = errors.Join(err, d.cancelJobs(ctx))
+	return errors.Join(err, stopNodes(), d.settle(ctx, r))
+}
+
+// cancelJobs cancels at GitHub what has not ended, and waits until it has: GitHub does
+// not let go of a runner whose job is under way.
+func (d *demo) cancelJobs(ctx context.Context) error {
+	for _, job := range d.github.Jobs() {
+		if job.Status != fleet.JobCompleted {
+			_ = d.github.Cancel(job.ID) // refused if it has just ended by itself
+		}
+	}
+	if err := d.github.WaitIdle(ctx); err != nil {
+		return fmt.Errorf("wait for cancelled jobs to end: %w", err)
+	}
+	return nil
+}
+
+func nodeName(i int) fleet.NodeID { return fleet.NodeID(fmt.Sprintf("mac-%d", i+1)) }
 
 // openWorld starts what is not ours: GitHub and a registry with two images.
 func (d *demo) openWorld(ctx context.Context, world *errgroup.Group) error {
@@ -184,8 +234,8 @@ func (d *demo) openControl(ctx context.Context, running *errgroup.Group) error {
 // openNodes starts the nodes, which join with one-time tokens.
 func (d *demo) openNodes(ctx context.Context, running *errgroup.Group) error {
 	for i := range nodes {
-		name := fmt.Sprintf("mac-%d", i+1)
-		token, err := d.control.JoinToken(ctx, fleet.NodeID(name))
+		name := string(nodeName(i))
+		token, err := d.control.JoinToken(ctx, nodeName(i))
 		if err != nil {
 			return err
 		}
@@ -257,7 +307,7 @@ func (d *demo) perform(ctx context.Context) (*result, error) {
 			}
 			drawn = draw(d.out, rows, clearRight+"\n")
 		}
-		if r.done() == jobs {
+		if r.seen() == jobs {
 			if !live && !d.json {
 				draw(d.out, rows, "\n")
 			}
@@ -265,7 +315,7 @@ func (d *demo) perform(ctx context.Context) (*result, error) {
 		}
 		select {
 		case <-ctx.Done():
-			return r, fmt.Errorf("%d of %d jobs are done: %w", r.done(), jobs, ctx.Err())
+			return r, fmt.Errorf("%d of %d jobs are done: %w", r.seen(), jobs, ctx.Err())
 		case <-frame.C:
 		}
 	}

@@ -35,22 +35,22 @@ func main() {
 }
 
 var roles = map[string]func(context.Context) int{
-	parts.HelperRole: func(ctx context.Context) int { return failed(parts.Helper(ctx, os.Stdin)) },
-	parts.GuestRole:  func(ctx context.Context) int { return failed(parts.Guest(ctx)) },
+	parts.HelperRole: func(ctx context.Context) int { return failed(os.Stderr, parts.Helper(ctx, os.Stdin)) },
+	parts.GuestRole:  func(ctx context.Context) int { return failed(os.Stderr, parts.Guest(ctx)) },
 	"runner": func(ctx context.Context) int {
 		code, err := testrunner.Run(ctx, os.Stdin, os.Stdout)
 		if err != nil {
-			return failed(err)
+			return failed(os.Stderr, err)
 		}
 		return code
 	},
 }
 
-func failed(err error) int {
+func failed(errOut io.Writer, err error) int {
 	if err == nil {
 		return 0
 	}
-	fmt.Fprintln(os.Stderr, "paddock-demo:", err)
+	fmt.Fprintln(errOut, "paddock-demo:", err)
 	return 1
 }
 
@@ -70,7 +70,7 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 	d := &demo{out: out, errOut: errOut, json: *asJSON, verbose: *verbose}
 	result, err := d.play(ctx)
 	if err != nil && result == nil {
-		return failed(err)
+		return failed(errOut, err)
 	}
 	if d.json {
 		err = errors.Join(err, result.writeJSON(out))
@@ -78,7 +78,7 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 		result.write(out)
 	}
 	if err != nil {
-		return failed(err)
+		return failed(errOut, err)
 	}
 	if !result.Good() {
 		return 1

@@ -3,10 +3,9 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -16,6 +15,8 @@ import (
 // result is what the demo shows at its end.
 type result struct {
 	Jobs       int      `json:"jobs"`
+	Succeeded  int      `json:"succeeded"`     // by GitHub's account, and started once
+	Twice      int      `json:"started_twice"` // jobs that more than one runner began
 	Rows       []row    `json:"rows"`
 	ColdStarts int      `json:"cold_starts"`
 	P50        float64  `json:"start_delay_p50_s"`
@@ -25,18 +26,8 @@ type result struct {
 	Violations []string `json:"github_violations,omitempty"` // of GitHub's own API description
 }
 
-// leftover counts what must be nothing.
-type leftover struct {
-	Processes int `json:"vm_processes"`
-	Clones    int `json:"clones"`
-	Runners   int `json:"runners"`
-	Leases    int `json:"leases"`
-	VMs       int `json:"live_vms"`
-}
-
-func (l leftover) clean() bool { return l == leftover{} }
-
-func (r *result) done() int {
+// seen counts the jobs of which Paddock has seen the success.
+func (r *result) seen() int {
 	n := 0
 	for _, row := range r.Rows {
 		if row.Status == fleet.JobCompleted && row.Conclusion == "success" {
@@ -46,9 +37,41 @@ func (r *result) done() int {
 	return n
 }
 
-// Good: all jobs succeeded, nothing is left, and GitHub's description was kept to.
+// Good: all jobs succeeded, in GitHub's eyes and in Paddock's, none ran twice, nothing
+// is left, and GitHub's description was kept to.
 func (r *result) Good() bool {
-	return r.done() == r.Jobs && r.Left.clean() && len(r.Violations) == 0
+	return r.Succeeded == r.Jobs && r.seen() == r.Jobs && r.Twice == 0 && r.Left.clean() && len(r.Violations) == 0
+}
+
+// verdict words what was found, for the end of the last line.
+func (r *result) verdict() string {
+	var wrong []string
+	say := func(n int, what string) {
+		if n > 0 {
+			wrong = append(wrong, fmt.Sprintf("%d %s", n, what))
+		}
+	}
+	say(r.Jobs-r.Succeeded, "did not succeed")
+	say(r.Succeeded-r.seen(), "succeeded after the table was last drawn")
+	say(r.Twice, "ran more than once")
+	say(len(r.Violations), "requests went against GitHub's API description")
+	if r.Left.Unseen != "" {
+		wrong = append(wrong, "what is left could not be looked at: "+r.Left.Unseen)
+	} else if !r.Left.clean() {
+		wrong = append(wrong, "something was left behind")
+	}
+	if len(wrong) == 0 {
+		return "and a clean house"
+	}
+	return "but " + strings.Join(wrong, ", ")
+}
+
+// interrupted is the error of an interrupted showing, by what was found after it.
+func (r *result) interrupted(err error) error {
+	if r.Left.clean() {
+		return errors.New("interrupted; everything was torn down")
+	}
+	return errors.Join(errors.New("interrupted; not everything was torn down"), err)
 }
 
 // settle waits until the controller, too, has seen the last VM go: the jobs are done a
@@ -84,16 +107,8 @@ func (d *demo) settle(ctx context.Context, r *result) error {
 	}
 }
 
-// inspect looks at the machine and at GitHub themselves, not at what Paddock believes.
-func (d *demo) inspect(r *result) {
-	r.Left.Processes = len(processesUnder(d.dir))
-	r.Left.Runners = len(d.github.Runners())
-	for i := range nodes {
-		clones, _ := filepath.Glob(filepath.Join(d.dir, fmt.Sprintf("mac-%d", i+1), "clones", "*"))
-		r.Left.Clones += len(clones)
-	}
-	r.Violations = d.github.Violations()
-	_, r.Pulled = d.registry.Counts().Total()
+// measure sums up the rows.
+func (r *result) measure() {
 	var delays []float64
 	for _, row := range r.Rows {
 		delays = append(delays, row.delay())
@@ -102,25 +117,6 @@ func (d *demo) inspect(r *result) {
 		}
 	}
 	r.P50, r.P95 = quantile(delays, 0.50), quantile(delays, 0.95)
-}
-
-// processesUnder lists processes other than this one that name dir in their arguments or
-// work there, as guests and runners do, or write their errors there, as helpers do.
-func processesUnder(dir string) []string {
-	var found []string
-	entries, _ := filepath.Glob("/proc/[0-9]*")
-	for _, p := range entries {
-		if p == fmt.Sprintf("/proc/%d", os.Getpid()) {
-			continue
-		}
-		cmdline, _ := os.ReadFile(filepath.Join(p, "cmdline"))
-		cwd, _ := os.Readlink(filepath.Join(p, "cwd"))
-		stderr, _ := os.Readlink(filepath.Join(p, "fd/2"))
-		if strings.Contains(string(cmdline), dir) || strings.HasPrefix(cwd, dir) || strings.HasPrefix(stderr, dir+"/") {
-			found = append(found, p)
-		}
-	}
-	return found
 }
 
 func (r *result) writeJSON(w io.Writer) error {
@@ -132,15 +128,11 @@ func (r *result) writeJSON(w io.Writer) error {
 // write prints the summary; the last line begins with "12 of 12" if all went well.
 func (r *result) write(w io.Writer) {
 	_, _ = fmt.Fprintf(w, "\njobs done     %d of %d\ncold starts   %d\nstart delay   p50 %.2f s, p95 %.2f s\nbytes pulled  %.1f MB\n",
-		r.done(), r.Jobs, r.ColdStarts, r.P50, r.P95, float64(r.Pulled)/1e6)
+		r.Succeeded, r.Jobs, r.ColdStarts, r.P50, r.P95, float64(r.Pulled)/1e6)
 	_, _ = fmt.Fprintf(w, "left behind   %d VM processes, %d clones, %d runners at GitHub, %d leases, %d VM records\n",
 		r.Left.Processes, r.Left.Clones, r.Left.Runners, r.Left.Leases, r.Left.VMs)
 	for _, violation := range r.Violations {
 		_, _ = fmt.Fprintln(w, "against GitHub's API description:", violation)
 	}
-	word := "and a clean house"
-	if !r.Left.clean() {
-		word = "but something was left behind"
-	}
-	_, _ = fmt.Fprintf(w, "%d of %d jobs ran, %s\n", r.done(), r.Jobs, word)
+	_, _ = fmt.Fprintf(w, "%d of %d jobs ran, %s\n", r.Succeeded, r.Jobs, r.verdict())
 }
