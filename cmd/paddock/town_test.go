@@ -328,7 +328,8 @@ func (tw *town) cleanHouse() {
 }
 
 // machines lists the processes of this town's VMs: guests and runners work in its
-// directory, helpers write there what goes wrong.
+// directory, helpers write there what goes wrong, and what has left all that still has
+// the mark of its machine in its environment.
 func (tw *town) machines() []string {
 	var found []string
 	all, _ := filepath.Glob("/proc/[0-9]*")
@@ -336,8 +337,10 @@ func (tw *town) machines() []string {
 		cwd, _ := os.Readlink(filepath.Join(p, "cwd"))
 		stderr, _ := os.Readlink(filepath.Join(p, "fd/2"))
 		command, _ := os.ReadFile(filepath.Join(p, "cmdline"))
+		environ, _ := os.ReadFile(filepath.Join(p, "environ"))
+		marked := strings.Contains(string(environ), "PADDOCK_MACHINE="+tw.dir+"/")
 		helper := strings.HasPrefix(stderr, tw.dir+"/") && strings.Contains(string(command), parts.HelperRole)
-		if helper || strings.HasPrefix(cwd, tw.dir+"/") {
+		if helper || marked || strings.HasPrefix(cwd, tw.dir+"/") {
 			found = append(found, strings.ReplaceAll(string(command), "\x00", " "))
 		}
 	}
