@@ -304,7 +304,10 @@ func TestBusyDelete(t *testing.T) {
 // one of another fleet.
 func TestGhostRunner(t *testing.T) {
 	h := open(t, plan{none: true, ghosts: 50 * time.Millisecond})
+	// While nobody looks for ghosts: until it is online, this one is a ghost like any other.
+	h.control.end(t)
 	h.foreign("paddock-house-aaaaaaaa-1")
+	h.startControl(nil)
 	busy := h.run("acme/app", githubtest.JobSpec{Name: "build", Labels: mac, Seconds: 1})[0]
 	h.waitJob(busy, fleet.JobInProgress)
 	for _, name := range []string{"paddock-house-bbbbbbbb-1", "paddock-other-bbbbbbbb-1"} {
