@@ -50,6 +50,9 @@ type VMRow struct {
 	JobName string         `json:"job_name,omitempty"` // "owner/repository: job"
 	Runner  string         `json:"runner,omitempty"`
 	Reason  string         `json:"reason,omitempty"`
+	// Tier is how the machine started: saved or cold; Address is the guest's.
+	Tier    fleet.StartTier `json:"tier,omitempty"`
+	Address string          `json:"address,omitempty"`
 	// Ending: it is being retired or destroyed.
 	Ending bool `json:"ending,omitempty"`
 

@@ -45,6 +45,9 @@ type VMReport struct {
 	Reason string `json:"reason,omitempty"`
 	// Failed: it is done because this node could not boot or serve it.
 	Failed bool `json:"failed,omitempty"`
+	// Tier is how the machine started; Address is the guest's, without a port.
+	Tier    fleet.StartTier `json:"tier,omitempty"`
+	Address string          `json:"address,omitempty"`
 
 	BootingAt    time.Time `json:"booting_at,omitzero"`
 	WarmAt       time.Time `json:"warm_at,omitzero"`
@@ -82,6 +85,12 @@ type SyncReply struct {
 	Destroy []DestroyOrder `json:"destroy,omitempty"` // VMs to tear down now
 	Evict   []fleet.Digest `json:"evict,omitempty"`   // images that may go
 
+	// Logins are for the pools with the ssh bootstrap that have VMs here. They are held in
+	// memory only, and stand in no journal.
+	Logins []PoolLogin `json:"logins,omitempty"`
+	// Sessions are people who wait to be connected to a VM here.
+	Sessions []SessionOrder `json:"sessions,omitempty"`
+
 	// Credential is a renewed one, to be kept instead of the node's own; mostly empty. Its
 	// first use ends the old one.
 	Credential string `json:"credential,omitempty"`
@@ -111,6 +120,43 @@ type RunnerOrder struct {
 	VM     fleet.VMID   `json:"vm"`
 	Runner RunnerReport `json:"runner"`
 	JIT    string       `json:"jit"` // secret: base64 as GitHub gave it
+	// Archive is GitHub's runner for this guest, for VMs whose pool names no command of its
+	// own; nil: the guest has one, or GitHub's list could not be read.
+	Archive *Archive `json:"archive,omitempty"`
+}
+
+// Archive is a runner application as GitHub offers it for download.
+type Archive struct {
+	Name   string `json:"name"`   // file name, which holds the version
+	URL    string `json:"url"`    // https
+	SHA256 string `json:"sha256"` // hex, by GitHub's word
+}
+
+// PoolLogin is how the ssh bootstrap logs into the VMs of a pool.
+type PoolLogin struct {
+	Pool     fleet.PoolName `json:"pool"`
+	User     string         `json:"user"`
+	Password string         `json:"password,omitempty"` // secret
+	Key      string         `json:"key,omitempty"`      // secret
+}
+
+// SessionKind is what a person wants of a VM.
+type SessionKind string
+
+// The kinds.
+const (
+	SessionPort    SessionKind = "port"    // a stream to a TCP port of the guest
+	SessionConsole SessionKind = "console" // what the machine prints, from its beginning, followed
+	SessionLogs    SessionKind = "logs"    // what the runner prints, from what is kept of it, followed
+)
+
+// SessionOrder asks a node to connect one of its VMs with somebody: it calls
+// RouteNodeSession with the id, which becomes a raw stream (HTTP Upgrade).
+type SessionOrder struct {
+	ID   string      `json:"id"` // random
+	VM   fleet.VMID  `json:"vm"`
+	Kind SessionKind `json:"kind"`
+	Port int         `json:"port,omitempty"` // of SessionPort
 }
 
 // DestroyOrder names a VM to tear down.

@@ -40,7 +40,7 @@ func (s *Store) Clone(ctx context.Context, d fleet.Digest, dir string, grow int6
 	}()
 	source := s.dir.image(d)
 	for _, name := range []string{configFile, nvramFile, diskFile} {
-		if err := cloneFile(ctx, filepath.Join(source, name), filepath.Join(dir, name)); err != nil {
+		if err := CloneFile(ctx, filepath.Join(source, name), filepath.Join(dir, name)); err != nil {
 			return diskError(err)
 		}
 	}
@@ -68,8 +68,9 @@ func enlarge(path string, size int64) error {
 	return os.Truncate(path, size)
 }
 
-// cloneFile makes dst a writable copy of src: by sharing blocks, else by sparseCopy.
-func cloneFile(ctx context.Context, src, dst string) error {
+// CloneFile makes dst, which must not exist, a writable copy of the file src: sharing its
+// blocks where the file system can, else copying what is not a hole.
+func CloneFile(ctx context.Context, src, dst string) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}

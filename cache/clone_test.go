@@ -188,7 +188,7 @@ func BenchmarkClone(b *testing.B) {
 	sparseFile(b, src)
 	for b.Loop() {
 		dst := filepath.Join(dir, "clone")
-		if err := cloneFile(b.Context(), src, dst); err != nil {
+		if err := CloneFile(b.Context(), src, dst); err != nil {
 			b.Fatal(err)
 		}
 		if err := os.Remove(dst); err != nil {

@@ -33,6 +33,8 @@ type Pool struct {
 	// GitHub runner. It reads the JIT config from its standard input.
 	Runner    []string  `json:"runner,omitempty"`
 	Deadlines Deadlines `json:"deadlines,omitzero"`
+	// SSH is how the ssh bootstrap logs in; nil: as every stock image lets one in.
+	SSH *Login `json:"-"`
 }
 
 // RunnerGroup is the group id to register in: 1 is every account's default group.
@@ -66,6 +68,22 @@ const (
 	BootstrapSSH   Bootstrap = "ssh"   // a stock image with password SSH
 	BootstrapSelf  Bootstrap = "self"  // the image starts its runner by itself
 )
+
+// Login is an account in a guest. It is kept out of records and logs.
+type Login struct {
+	User     string
+	Password string // "": none
+	Key      string // private key in PEM; "": none
+}
+
+// String hides the secrets.
+func (l Login) String() string { return "login of " + l.User }
+
+// GoString hides the secrets from %#v, too.
+func (l Login) GoString() string { return l.String() }
+
+// StockLogin is what public macOS images let in, by their documentation.
+var StockLogin = Login{User: "admin", Password: "admin"}
 
 // Deadlines bound the phases of a VM's life; a zero field means the default.
 type Deadlines struct {

@@ -34,6 +34,10 @@ type VM struct {
 	Failed bool `json:"failed,omitempty"`
 	// Cold: at placing, the image was not yet ready on the node when the job came.
 	Cold bool `json:"cold,omitempty"`
+	// Tier is how its machine started, and Address the guest's IP address, by its node's
+	// word; "" until they are known.
+	Tier    StartTier `json:"tier,omitempty"`
+	Address string    `json:"address,omitempty"`
 
 	// Job is the job this VM is matched with: provisional until GitHub says
 	// in_progress, which names the runner. 0: none.
@@ -58,6 +62,15 @@ type VM struct {
 	// Rev is the record's revision in the store; a write on an older one is refused.
 	Rev int64 `json:"-"`
 }
+
+// StartTier is how a VM's machine came up.
+type StartTier string
+
+// The tiers; a VM that was warm before its job came is faster than both.
+const (
+	TierSaved StartTier = "saved" // from a state saved on this host
+	TierCold  StartTier = "cold"  // clone and boot
+)
 
 // RetireKind is what becomes of a VM whose runner GitHub has deleted.
 type RetireKind string

@@ -3,8 +3,11 @@ package tart
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
+	"strings"
+	"unicode"
 
 	"github.com/paddock-ci/paddock/image"
 )
@@ -28,6 +31,10 @@ type Config struct {
 	Display    *Display `json:"display,omitempty"`
 	DiskFormat string   `json:"diskFormat,omitempty"` // raw (default); asif is refused
 
+	// Boot is Paddock's own key: a Linux guest that is booted without a boot loader; nil:
+	// the disk has one.
+	Boot *Boot `json:"paddockBoot,omitempty"`
+
 	unknown map[string]json.RawMessage
 }
 
@@ -38,10 +45,55 @@ type Display struct {
 	Unit   string `json:"unit,omitempty"` // px or pt
 }
 
+// Boot names the parts of the disk that hold a Linux guest's kernel and initial RAM disk,
+// outside of its file systems: so they are chunks like the rest, and need no layers of
+// their own.
+type Boot struct {
+	Kernel      Extent `json:"kernel"`
+	Initrd      Extent `json:"initrd,omitzero"` // zero: none
+	CommandLine string `json:"commandLine,omitempty"`
+}
+
+// Extent is a part of the disk, in bytes.
+type Extent struct {
+	Offset int64 `json:"offset"`
+	Size   int64 `json:"size"`
+}
+
+// Limits on what is read into a machine before its guest runs.
+const (
+	maxBootFile    = 512 << 20
+	maxCommandLine = 2048 // what Linux takes on every architecture
+)
+
+func (e Extent) check(what string) error {
+	if e.Offset < 0 || e.Size < 1 || e.Size > maxBootFile || e.Offset > image.MaxDiskBytes-e.Size {
+		return fmt.Errorf("%s of %d bytes at %d, want 1 to %d bytes on the disk", what, e.Size, e.Offset, maxBootFile)
+	}
+	return nil
+}
+
+func (b *Boot) check(os string) error {
+	switch {
+	case os != "linux":
+		return fmt.Errorf("a %s guest is not booted from a kernel of its own", os)
+	case len(b.CommandLine) > maxCommandLine:
+		return fmt.Errorf("a kernel command line of %d bytes, at most %d", len(b.CommandLine), maxCommandLine)
+	case strings.ContainsFunc(b.CommandLine, unicode.IsControl):
+		return errors.New("a control character in the kernel command line")
+	}
+	if b.Initrd != (Extent{}) {
+		if err := b.Initrd.check("initrd"); err != nil {
+			return err
+		}
+	}
+	return b.Kernel.check("kernel")
+}
+
 // knownKeys are the keys of Config's fields.
 var knownKeys = []string{
 	"version", "os", "arch", "ecid", "hardwareModel", "cpuCountMin", "cpuCount",
-	"memorySizeMin", "memorySize", "macAddress", "display", "diskFormat",
+	"memorySizeMin", "memorySize", "macAddress", "display", "diskFormat", "paddockBoot",
 }
 
 // ParseConfig reads a VM config and fills in the defaults. Errors are those of package
@@ -98,6 +150,11 @@ func (c *Config) check() error {
 		return malformed("negative cpuCount")
 	case c.MemorySize < 0 || c.MemorySizeMin < 0:
 		return malformed("negative memorySize")
+	}
+	if c.Boot != nil {
+		if err := c.Boot.check(c.OS); err != nil {
+			return malformed("paddockBoot: %v", err)
+		}
 	}
 	return nil
 }

@@ -31,7 +31,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -88,7 +87,7 @@ func (d *Driver) Boot(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 	if spec.Dir, err = filepath.Abs(spec.Dir); err != nil {
 		return nil, fmt.Errorf("booting %s: %w", spec.ID, err)
 	}
-	if err := checkDisk(spec.Dir); err != nil {
+	if err := vm.CheckDisk(spec.Dir); err != nil {
 		return nil, &vm.BootError{Err: err}
 	}
 	release, err := d.slots.take()
@@ -104,18 +103,6 @@ func (d *Driver) Boot(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 		return nil, d.failed(ctx, m, spec, err)
 	}
 	return m, nil
-}
-
-// checkDisk is what this driver can tell of an image: that there is one.
-func checkDisk(dir string) error {
-	info, err := os.Stat(filepath.Join(dir, vm.DiskFile))
-	switch {
-	case err != nil:
-		return fmt.Errorf("the clone has no disk: %w", err)
-	case !info.Mode().IsRegular() || info.Size() == 0:
-		return fmt.Errorf("the clone's disk %s is empty or no file", filepath.Join(dir, vm.DiskFile))
-	}
-	return nil
 }
 
 // start starts the guest. The caller releases the slot if it fails; otherwise the
@@ -196,7 +183,7 @@ func (d *Driver) failed(ctx context.Context, m *machine, spec vm.Spec, cause err
 	if cancelled || leftover != nil {
 		return fmt.Errorf("booting %s: %w", spec.ID, errors.Join(cause, leftover))
 	}
-	return &vm.BootError{Console: consoleTail(spec.Dir), Err: cause}
+	return &vm.BootError{Console: vm.ConsoleTail(spec.Dir), Err: cause}
 }
 
 // Reap ends what a killed process of ours left of the machine in spec.Dir.
@@ -288,23 +275,4 @@ func socketPair() (net.Conn, *os.File, error) {
 		return nil, nil, fmt.Errorf("making the guest's lifeline: %w", err)
 	}
 	return conn, theirs, nil
-}
-
-// consoleTail is the end of the console for a BootError, "" if it cannot be read.
-func consoleTail(dir string) string {
-	const limit = 4 << 10 // as BootError says
-	f, err := os.Open(filepath.Join(dir, vm.ConsoleFile))
-	if err != nil {
-		return ""
-	}
-	defer func() { _ = f.Close() }()
-	info, err := f.Stat()
-	if err != nil {
-		return ""
-	}
-	tail, err := io.ReadAll(io.NewSectionReader(f, max(0, info.Size()-limit), limit))
-	if err != nil {
-		return ""
-	}
-	return strings.TrimSpace(strings.ToValidUTF8(string(tail), "\uFFFD"))
 }
