@@ -129,6 +129,11 @@ func (d *Driver) boot(ctx context.Context, spec vm.Spec) (*machine, error) {
 	if spec.Dir, err = filepath.Abs(spec.Dir); err != nil {
 		return nil, err
 	}
+	if spec.State != "" { // the helper has another working directory
+		if spec.State, err = filepath.Abs(spec.State); err != nil {
+			return nil, err
+		}
+	}
 	if err := os.Mkdir(string(f), 0o700); err != nil {
 		if errors.Is(err, fs.ErrExist) {
 			return nil, errors.New("a machine of this id is known here: adopt it or destroy it first")

@@ -69,7 +69,11 @@ func helperRole(mode, slotDir, slots string) error {
 	if err != nil {
 		return err
 	}
-	if mode != "good" {
+	switch mode {
+	case "good":
+	case "able":
+		d = able{d}
+	default:
 		d = panicky{d, mode}
 	}
 	return helper.Main(context.Background(), d, os.Stdin)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"sync"
 	"syscall"
 	"time"
@@ -26,7 +27,14 @@ type machine struct {
 	last *report // the final report, once known
 }
 
-var _ vm.Machine = (*machine)(nil)
+// Whether the driver behind it can do what the optional interfaces say, the helper
+// answers: vm.ErrUnsupported if not.
+var (
+	_ vm.Machine    = (*machine)(nil)
+	_ vm.Saver      = (*machine)(nil)
+	_ vm.Addresser  = (*machine)(nil)
+	_ vm.PortDialer = (*machine)(nil)
+)
 
 func newMachine(d *Driver, f folder) *machine {
 	return &machine{d: d, folder: f, turn: make(chan struct{}, 1)}
@@ -37,7 +45,53 @@ var errGone = errors.New("the vm helper does not answer")
 
 // Dial opens a stream to the guest through the helper.
 func (m *machine) Dial(ctx context.Context) (net.Conn, error) {
-	conn, err := m.call(ctx, opDial)
+	return m.dial(ctx, request{Op: opDial})
+}
+
+// DialPort opens a stream to a port of the guest through the helper.
+func (m *machine) DialPort(ctx context.Context, port int) (net.Conn, error) {
+	return m.dial(ctx, request{Op: opPort, Port: port})
+}
+
+// Save has the helper save the machine's state into dir.
+func (m *machine) Save(ctx context.Context, dir string) error {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return fmt.Errorf("saving the machine's state: %w", err)
+	}
+	if _, err := m.ask(ctx, request{Op: opSave, Dir: dir}); err != nil {
+		return fmt.Errorf("saving the machine's state: %w", err)
+	}
+	return nil
+}
+
+// Address asks the helper for the guest's address.
+func (m *machine) Address(ctx context.Context) (string, error) {
+	r, err := m.ask(ctx, request{Op: opAddress})
+	if err != nil {
+		return "", fmt.Errorf("asking for the guest's address: %w", err)
+	}
+	return r.Address, nil
+}
+
+// ask makes a request that has one answer.
+func (m *machine) ask(ctx context.Context, q request) (report, error) {
+	conn, err := m.call(ctx, q)
+	if err == nil {
+		defer func() { _ = conn.Close() }()
+		var r report
+		if err = m.receive(ctx, conn, &r); err == nil {
+			return r, r.Error.asError()
+		}
+	}
+	if errors.Is(err, errGone) {
+		return report{}, vm.ErrEnded
+	}
+	return report{}, err
+}
+
+func (m *machine) dial(ctx context.Context, q request) (net.Conn, error) {
+	conn, err := m.call(ctx, q)
 	if err != nil {
 		return nil, m.dialError(ctx, err)
 	}
@@ -138,7 +192,7 @@ func (m *machine) destroy(ctx context.Context) (report, error) {
 
 // askToDestroy returns the final report once the helper has exited.
 func (m *machine) askToDestroy(ctx context.Context) (report, error) {
-	conn, err := m.call(ctx, opDestroy)
+	conn, err := m.call(ctx, request{Op: opDestroy})
 	if err != nil {
 		return report{}, err
 	}
@@ -179,7 +233,7 @@ func (m *machine) watch(ctx context.Context, enough func(report) bool) (report, 
 	if r := m.known(); r != nil {
 		return *r, nil
 	}
-	conn, err := m.call(ctx, opWatch)
+	conn, err := m.call(ctx, request{Op: opWatch})
 	if err == nil {
 		defer func() { _ = conn.Close() }()
 		for {
@@ -276,12 +330,12 @@ func (m *machine) remember(r report) {
 }
 
 // call connects and sends a request.
-func (m *machine) call(ctx context.Context, op string) (net.Conn, error) {
+func (m *machine) call(ctx context.Context, q request) (net.Conn, error) {
 	conn, err := m.connect(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if err := write(conn, request{Op: op}); err != nil {
+	if err := write(conn, q); err != nil {
 		_ = conn.Close()
 		return nil, errGone // the socket closed between the two
 	}

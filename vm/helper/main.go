@@ -217,13 +217,16 @@ func (s *server) handle(ctx context.Context, conn net.Conn) (keep bool) {
 		s.reportFrom(ctx, conn, true)
 	case opWatch:
 		s.reportFrom(ctx, conn, false)
-	case opDial:
-		guest, err := s.dial(ctx)
+	case opDial, opPort:
+		guest, err := s.dial(ctx, r)
 		listened() // from here the peer's bytes are the guest's
 		s.connectThrough(conn, guest, err)
 		return false
+	case opSave, opAddress:
+		_ = write(conn, s.carryOut(ctx, r))
 	default:
-		_ = write(conn, report{Error: newFailure(fmt.Errorf("vm helper: unknown request %q", r.Op))})
+		text := fmt.Sprintf("this machine's vm helper is older than the agent and does not know %q: it ends with the machine", r.Op)
+		_ = write(conn, report{Error: &failure{Kind: kindUnknown, Text: text}})
 	}
 	listened()
 	return r.Op == opDestroy
@@ -268,7 +271,8 @@ func (s *server) reportFrom(ctx context.Context, conn net.Conn, onlyFinal bool) 
 	}
 }
 
-func (s *server) dial(ctx context.Context) (net.Conn, error) {
+// running is the machine, if it runs.
+func (s *server) running() (vm.Machine, error) {
 	r, m, _ := s.now()
 	switch {
 	case r.State.final():
@@ -276,7 +280,47 @@ func (s *server) dial(ctx context.Context) (net.Conn, error) {
 	case m == nil:
 		return nil, errors.New("the machine is still booting")
 	}
-	return m.Dial(ctx)
+	return m, nil
+}
+
+// dial opens the stream that a request asks for.
+func (s *server) dial(ctx context.Context, r request) (net.Conn, error) {
+	m, err := s.running()
+	if err != nil {
+		return nil, err
+	}
+	if r.Op == opDial {
+		return m.Dial(ctx)
+	}
+	ports, ok := m.(vm.PortDialer)
+	if !ok {
+		return nil, fmt.Errorf("reaching a port of the guest: %w", vm.ErrUnsupported)
+	}
+	return ports.DialPort(ctx, r.Port)
+}
+
+// carryOut answers a request about the machine that has one answer.
+func (s *server) carryOut(ctx context.Context, r request) report {
+	m, err := s.running()
+	answer, _, _ := s.now()
+	if err == nil {
+		answer.Address, err = perform(ctx, m, r)
+	}
+	answer.Error = nil
+	if err != nil {
+		answer.Error = newFailure(err)
+	}
+	return answer
+}
+
+func perform(ctx context.Context, m vm.Machine, r request) (address string, err error) {
+	if saver, ok := m.(vm.Saver); ok && r.Op == opSave {
+		return "", saver.Save(ctx, r.Dir)
+	}
+	if a, ok := m.(vm.Addresser); ok && r.Op == opAddress {
+		return a.Address(ctx)
+	}
+	return "", fmt.Errorf("%s: %w", r.Op, vm.ErrUnsupported)
 }
 
 // connectThrough answers a dial and carries the stream until both sides have ended.

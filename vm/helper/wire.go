@@ -30,12 +30,17 @@ const (
 // request is the first message on a connection to a helper. A helper may be older than
 // the agent that talks to it, by a day at most: add, do not change.
 type request struct {
-	Op string `json:"op"`
+	Op   string `json:"op"`
+	Port int    `json:"port,omitempty"` // of opPort
+	Dir  string `json:"dir,omitempty"`  // of opSave
 }
 
 const (
 	opWatch   = "watch"   // a report at once and at each change, until a final one
 	opDial    = "dial"    // one report; if it has no error, the guest's stream follows
+	opPort    = "port"    // one report; if it has no error, the stream to the guest's port follows
+	opSave    = "save"    // one report
+	opAddress = "address" // one report, with the address
 	opDestroy = "destroy" // one report, the final one
 )
 
@@ -56,6 +61,8 @@ type report struct {
 	State state    `json:"state"`
 	Exit  vm.Exit  `json:"exit,omitzero"`
 	Error *failure `json:"error,omitempty"` // why it failed, or was not fully destroyed
+	// Address answers opAddress; it is in no other report.
+	Address string `json:"address,omitempty"`
 }
 
 // failure is an error as it travels.
@@ -67,22 +74,33 @@ type failure struct {
 
 // Kinds of errors that a caller decides on; any other is plain.
 const (
-	kindBoot     = "boot"
-	kindCapacity = "capacity"
-	kindEnded    = "ended"
-	kindPlain    = "error"
+	kindBoot    = "boot"
+	kindUnknown = "unknown-request" // the helper is older than the request
+	kindPlain   = "error"
 )
+
+// sentinels are the errors that travel by their kind.
+var sentinels = []struct {
+	kind string
+	is   error
+}{
+	{"capacity", vm.ErrAtCapacity},
+	{"ended", vm.ErrEnded},
+	{"state", vm.ErrState},
+	{"unsupported", vm.ErrUnsupported},
+	{kindUnknown, vm.ErrUnsupported},
+}
 
 // newFailure keeps of an error what the contract of vm promises.
 func newFailure(err error) *failure {
 	var boot *vm.BootError
-	switch {
-	case errors.As(err, &boot):
+	if errors.As(err, &boot) {
 		return &failure{Kind: kindBoot, Text: boot.Err.Error(), Console: boot.Console}
-	case errors.Is(err, vm.ErrAtCapacity):
-		return &failure{Kind: kindCapacity, Text: err.Error()}
-	case errors.Is(err, vm.ErrEnded):
-		return &failure{Kind: kindEnded, Text: err.Error()}
+	}
+	for _, s := range sentinels {
+		if errors.Is(err, s.is) {
+			return &failure{Kind: s.kind, Text: err.Error()}
+		}
 	}
 	return &failure{Kind: kindPlain, Text: err.Error()}
 }
@@ -94,10 +112,11 @@ func (f *failure) asError() error {
 		return nil
 	case f.Kind == kindBoot:
 		return &vm.BootError{Console: f.Console, Err: errors.New(f.Text)}
-	case f.Kind == kindCapacity:
-		return relayed{text: f.Text, is: vm.ErrAtCapacity}
-	case f.Kind == kindEnded:
-		return relayed{text: f.Text, is: vm.ErrEnded}
+	}
+	for _, s := range sentinels {
+		if f.Kind == s.kind {
+			return relayed{text: f.Text, is: s.is}
+		}
 	}
 	return errors.New(f.Text)
 }
