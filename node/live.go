@@ -14,9 +14,9 @@ import (
 	"github.com/paddock-ci/paddock/vm"
 )
 
-// life is one VM of this node. record, begun, handed and told are guarded by Agent.mu;
-// what stands before them is set once; what stands after belongs to the goroutine of
-// live.
+// life is one VM of this node. What stands before record is set once; record, begun,
+// handed, told and the writing of machine are guarded by Agent.mu; what stands after
+// belongs to the goroutine of live, and it alone sets machine.
 type life struct {
 	order   api.VMOrder
 	resumed bool                    // read from the journal: an agent before this one began it
@@ -28,7 +28,8 @@ type life struct {
 	handed string // the runner's name that went into start
 	told   int64  // the sequence in which it was first reported done
 
-	machine  vm.Machine
+	machine vm.Machine // see setMachine
+
 	watching sync.WaitGroup // the goroutine that waits for the machine's end
 	guest    *guest.Client  // nil: not connected
 	status   guest.Status   // the guest's word when it was last dialled
@@ -149,7 +150,7 @@ func (a *Agent) boot(ctx context.Context, l *life) error {
 		answered := a.recordOf(l).Report.State != fleet.VMBooting
 		switch {
 		case err == nil && (answered || !hasEnded(ctx, m)):
-			l.machine = m
+			a.setMachine(l, m)
 			return nil
 		case err == nil: // it went with the agent in the middle of its boot
 			if err := m.Destroy(ctx); err != nil {
@@ -174,7 +175,7 @@ func (a *Agent) boot(ctx context.Context, l *life) error {
 	if err != nil {
 		return fmt.Errorf("booting: %w", err)
 	}
-	l.machine = m
+	a.setMachine(l, m)
 	return nil
 }
 
@@ -233,113 +234,4 @@ func (a *Agent) greet(ctx context.Context, l *life) error {
 		a.note(l, func(r *record) { r.Report.State, r.Report.WarmAt = fleet.VMWarm, a.c.Now() })
 	}
 	return nil
-}
-
-// register starts the runner that the controller hands over, whenever that is; there is
-// no deadline here, since a warm VM without a job is the leader's to retire. A runner
-// that an agent before this one started is found again by its name.
-func (a *Agent) register(ctx context.Context, l *life) error {
-	r := a.recordOf(l)
-	switch {
-	case r.Report.Runner != nil:
-		return l.hasRunner(r.Report.Runner.Name)
-	case r.Starting != nil && r.Starting.Name == l.status.Name:
-		a.registered(l, r.Starting)
-		return nil
-	case l.status.State != guest.Idle:
-		return fmt.Errorf("the guest has a runner %q that this node did not start", l.status.Name)
-	}
-	var order api.RunnerOrder
-	select {
-	case order = <-l.start:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	runner := order.Runner
-	a.note(l, func(r *record) { r.Starting = &runner })
-	if err := a.startRunner(ctx, l, order); err != nil {
-		return err
-	}
-	a.registered(l, &runner)
-	return nil
-}
-
-// defaultRunner is the command of a runner when the pool names none: the script of
-// GitHub's runner in the guest agent's directory.
-var defaultRunner = []string{"./run.sh"}
-
-// startTries bounds how often a runner is started over a new connection.
-const startTries = 5
-
-// startRunner hands the JIT config over. It goes by the guest's standard input and is
-// kept nowhere; a start that was already taken is a success.
-func (a *Agent) startRunner(ctx context.Context, l *life, order api.RunnerOrder) error {
-	run := guest.Run{Name: order.Runner.Name, Argv: l.order.Runner, Env: l.order.Env, Input: []byte(order.JIT)}
-	if len(run.Argv) == 0 {
-		run.Argv = defaultRunner
-	}
-	for n := 1; ; n++ {
-		err := l.guest.Start(ctx, run)
-		if err == nil || ctx.Err() != nil || n == startTries || !errors.Is(err, guest.ErrLost) {
-			return err
-		}
-		if err := a.reach(ctx, l); err != nil {
-			return err
-		}
-	}
-}
-
-// registered says that the guest has the runner.
-func (a *Agent) registered(l *life, r *api.RunnerReport) {
-	a.note(l, func(rec *record) {
-		rec.Report.State, rec.Report.RegisteredAt = fleet.VMRegistered, a.c.Now()
-		rec.Report.Runner, rec.Starting = r, nil
-	})
-}
-
-// watch follows the runner to its end, which is how a good life ends. A connection that
-// breaks is made again; only the machine's end ends the VM.
-func (a *Agent) watch(ctx context.Context, l *life) error {
-	for n := 1; ; n++ {
-		last, err := l.guest.Watch(ctx, func(s guest.Status) {
-			if s.State == guest.Busy || !s.BusyAt.IsZero() {
-				a.busy(l)
-			}
-		})
-		if err == nil {
-			return exited(last)
-		}
-		pause(ctx, backoff(n, dialPause, dialMost))
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		if err := a.reach(ctx, l); err != nil {
-			return err
-		}
-		if err := l.hasRunner(l.status.Name); err != nil {
-			return err
-		}
-	}
-}
-
-// busy notes the runner's word that it has a job, once.
-func (a *Agent) busy(l *life) {
-	if a.recordOf(l).Report.State == fleet.VMRegistered {
-		a.note(l, func(r *record) { r.Report.State, r.Report.BusyAt = fleet.VMBusy, a.c.Now() })
-	}
-}
-
-// maxTail bounds the runner's last output in a reason, in bytes.
-const maxTail = 300
-
-// exited is the ending of a VM whose runner has ended. Without a job and with an error
-// the node has not served; then the end of its output says why. A job's own output is
-// never repeated.
-func exited(s guest.Status) *ending {
-	e := &ending{Reason: fmt.Sprintf("runner exited %d", s.ExitCode)}
-	if s.ExitCode != 0 && s.BusyAt.IsZero() {
-		e.Failed = true
-		e.Reason += fmt.Sprintf(" before it had a job: %q", s.Tail[max(0, len(s.Tail)-maxTail):])
-	}
-	return e
 }

@@ -103,7 +103,7 @@ func (a *Agent) unboot(ctx context.Context, l *life) error {
 		if err != nil {
 			return err
 		}
-		l.machine = m
+		a.setMachine(l, m)
 	}
 	return l.machine.Destroy(ctx)
 }
