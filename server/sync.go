@@ -171,6 +171,7 @@ func (s *Server) orders(view *store.View, node fleet.NodeID, q *api.SyncRequest)
 			}
 		}
 	}
+	reply.Logins = logins(view.VMsOn(node), pools)
 	var err error
 	reply.Revision, err = revision(reply)
 	return reply, err
@@ -218,6 +219,7 @@ func revision(reply api.SyncReply) (string, error) {
 	for i := range reply.Start {
 		reply.Start[i].JIT, reply.Start[i].Runner.Job = "", 0
 	}
+	reply.Logins = withoutSecrets(reply.Logins)
 	text, err := json.Marshal(reply)
 	if err != nil {
 		return "", fmt.Errorf("encode orders: %w", err)

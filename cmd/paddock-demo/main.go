@@ -28,16 +28,18 @@ func main() {
 	defer stop()
 	if len(os.Args) > 1 {
 		if role := roles[os.Args[1]]; role != nil {
-			os.Exit(role(ctx))
+			os.Exit(role(ctx, os.Args[2:]))
 		}
 	}
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
 
-var roles = map[string]func(context.Context) int{
-	parts.HelperRole: func(ctx context.Context) int { return failed(os.Stderr, parts.Helper(ctx, os.Stdin)) },
-	parts.GuestRole:  func(ctx context.Context) int { return failed(os.Stderr, parts.Guest(ctx)) },
-	"runner": func(ctx context.Context) int {
+var roles = map[string]func(ctx context.Context, args []string) int{
+	parts.HelperRole: func(ctx context.Context, args []string) int {
+		return failed(os.Stderr, parts.Helper(ctx, args, os.Stdin))
+	},
+	parts.GuestRole: func(ctx context.Context, _ []string) int { return failed(os.Stderr, parts.Guest(ctx)) },
+	"runner": func(ctx context.Context, _ []string) int {
 		code, err := testrunner.Run(ctx, os.Stdin, os.Stdout)
 		if err != nil {
 			return failed(os.Stderr, err)

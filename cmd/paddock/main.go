@@ -161,12 +161,13 @@ func or(s, otherwise string) string {
 // roleCommand is a hidden command by which Paddock starts itself.
 func roleCommand(name string) *cobra.Command {
 	return &cobra.Command{
-		Use: name, Hidden: true, Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		// The arguments are not for people: parts reads them.
+		Use: name, Hidden: true, DisableFlagParsing: true,
+		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM)
 			defer stop()
 			if name == parts.HelperRole {
-				return parts.Helper(ctx, os.Stdin)
+				return parts.Helper(ctx, args, os.Stdin)
 			}
 			return parts.Guest(ctx)
 		},

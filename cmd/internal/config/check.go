@@ -70,8 +70,8 @@ func (c *Config) check() *Problem {
 	if c.Node.Slots < 1 || c.Node.Slots > 64 {
 		return &Problem{Path: "$.node.slots", What: fmt.Sprintf("%d slots", c.Node.Slots), Hint: "1 to 64; a Mac runs at most two macOS guests"}
 	}
-	if c.Node.Driver != "process" {
-		return &Problem{Path: "$.node.driver", What: fmt.Sprintf("no driver %q in this version", c.Node.Driver), Hint: "process"}
+	if problem := c.Node.checkDriver(); problem != nil {
+		return problem
 	}
 	seen := map[string]int{}
 	for i := range c.Pools {
@@ -82,6 +82,20 @@ func (c *Config) check() *Problem {
 			return &Problem{Path: fmt.Sprintf("$.pools[%d].name", i), What: fmt.Sprintf("pool %d is called %q, too", before+1, c.Pools[i].Name), Hint: "pool names are unique"}
 		}
 		seen[c.Pools[i].Name] = i
+	}
+	return nil
+}
+
+func (n *Node) checkDriver() *Problem {
+	switch {
+	case !slices.Contains([]string{DriverVZ, DriverQEMU, DriverProcess}, n.Driver):
+		return &Problem{Path: "$.node.driver", What: fmt.Sprintf("unknown driver %q", n.Driver), Hint: "vz on a Mac, qemu on Linux, or process for trying Paddock out"}
+	case !slices.Contains([]string{"tcg", "kvm", "auto"}, n.QEMU.Accel):
+		return &Problem{Path: "$.node.qemu.accel", What: fmt.Sprintf("unknown accelerator %q", n.QEMU.Accel), Hint: "tcg, kvm or auto"}
+	case !slices.Contains([]string{"user", "none"}, n.QEMU.Network):
+		return &Problem{Path: "$.node.qemu.network", What: fmt.Sprintf("unknown network %q", n.QEMU.Network), Hint: "user or none"}
+	case n.States() && n.Driver == DriverProcess:
+		return &Problem{Path: "$.node.saved_states", What: "processes have no state that could be saved", Hint: "leave it out with driver process"}
 	}
 	return nil
 }
@@ -120,6 +134,12 @@ func (p *Pool) check(path string) *Problem {
 	known := []fleet.Bootstrap{fleet.BootstrapAgent, fleet.BootstrapSSH, fleet.BootstrapSelf}
 	if !slices.Contains(known, fleet.Bootstrap(p.Bootstrap)) {
 		return problem("bootstrap", fmt.Sprintf("unknown bootstrap %q", p.Bootstrap), "agent, ssh or self")
+	}
+	switch {
+	case p.SSH != (SSH{}) && p.Bootstrap != string(fleet.BootstrapSSH):
+		return problem("ssh", fmt.Sprintf("a login for bootstrap %q, which does not log in", p.Bootstrap), "bootstrap: ssh, or take ssh out")
+	case p.SSH != (SSH{}) && (p.SSH.User == "" || p.SSH.PasswordFile == "" && p.SSH.KeyFile == ""):
+		return problem("ssh", "a login needs a user and a password or a key", "ssh: {user: admin, password_file: /etc/paddock/guest.password}")
 	}
 	for i, m := range p.Mounts {
 		if m.Name == "" || !strings.HasPrefix(m.Path, "/") {

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 
 	"github.com/goccy/go-yaml"
@@ -94,8 +95,19 @@ type Pool struct {
 	Nodes              []string          `yaml:"nodes"`
 	NodeTags           map[string]string `yaml:"node_tags"`
 	Bootstrap          string            `yaml:"bootstrap"`
+	SSH                SSH               `yaml:"ssh"`
 	Runner             []string          `yaml:"runner"`
 	Deadlines          Deadlines         `yaml:"deadlines"`
+
+	login *fleet.Login // what SSH's files hold, once they were read
+}
+
+// SSH is how the ssh bootstrap logs into a pool's guests. Without it, as public macOS
+// images let one in: user admin with password admin.
+type SSH struct {
+	User         string `yaml:"user"`
+	PasswordFile string `yaml:"password_file"`
+	KeyFile      string `yaml:"key_file"` // a private key in PEM, without a passphrase
 }
 
 // Mount is a directory of the node that the guest sees.
@@ -120,12 +132,51 @@ type Node struct {
 	Tags map[string]string `yaml:"tags"`
 	// Slots is how many VMs run at once. Default 2, which is Apple's limit for macOS guests.
 	Slots int `yaml:"slots"`
-	// Driver runs the VMs: process (child processes, for trying Paddock out). Default process.
+	// Driver runs the VMs: vz (Apple's Virtualization.framework), qemu (Linux), or process
+	// (child processes without isolation, for trying Paddock out). Default: vz on Apple
+	// Silicon, else process.
 	Driver string `yaml:"driver"`
+	QEMU   QEMU   `yaml:"qemu"`
+	// SavedStates has VMs start from states that were saved after an image's first boot on
+	// this host. Default: true with driver qemu, else false.
+	SavedStates *bool `yaml:"saved_states"`
 	// Dir holds images, clones and the journal. Default: node under Data.
 	Dir string `yaml:"dir"`
 	// Streams is how many requests a pull runs at once. Default 8.
 	Streams int `yaml:"streams"`
+}
+
+// QEMU is what only the qemu driver asks.
+type QEMU struct {
+	// Accel is tcg (emulation, works everywhere), kvm, or auto (kvm if it really runs a
+	// guest). Default tcg.
+	Accel string `yaml:"accel"`
+	// Network is user (the guest reaches what this host's user reaches) or none.
+	// Default user.
+	Network string `yaml:"network"`
+}
+
+// States reports whether VMs start from saved states.
+func (n *Node) States() bool {
+	if n.SavedStates != nil {
+		return *n.SavedStates
+	}
+	return n.Driver == DriverQEMU
+}
+
+// The drivers.
+const (
+	DriverVZ      = "vz"
+	DriverQEMU    = "qemu"
+	DriverProcess = "process"
+)
+
+// defaultDriver is the one that runs machines on this platform without anything else.
+func defaultDriver(os, arch string) string {
+	if os == "darwin" && arch == "arm64" {
+		return DriverVZ
+	}
+	return DriverProcess
 }
 
 // Load reads the file (path "" means: none) and overlays the environment. What it
@@ -190,7 +241,9 @@ func (c *Config) fillDefaults() {
 	if c.Data == "" {
 		c.Data = filepath.Join(stateHome(), "paddock")
 	}
-	def(&c.Node.Driver, "process")
+	def(&c.Node.Driver, defaultDriver(runtime.GOOS, runtime.GOARCH))
+	def(&c.Node.QEMU.Accel, "tcg")
+	def(&c.Node.QEMU.Network, "user")
 	def(&c.Node.Slots, 2)
 	def(&c.Node.Streams, 8)
 	def(&c.Node.Dir, filepath.Join(c.Data, "node"))
@@ -257,40 +310,6 @@ func fitName(host string) string {
 		return "node"
 	}
 	return strings.TrimRight(fit[:min(len(fit), 63)], "-") // 63: a DNS label's most
-}
-
-// FleetPools are the pools as the other packages speak of them.
-func (c *Config) FleetPools() []fleet.Pool {
-	pools := make([]fleet.Pool, 0, len(c.Pools))
-	for _, p := range c.Pools {
-		pools = append(pools, p.pool())
-	}
-	return pools
-}
-
-func (p *Pool) pool() fleet.Pool {
-	out := fleet.Pool{
-		Name: fleet.PoolName(p.Name), Labels: fleet.NewLabels(p.Labels...),
-		MatchHosted: p.MatchHosted, PublicRepositories: p.PublicRepositories,
-		Image: p.Image, CPU: p.CPU, Memory: int64(p.Memory), Disk: int64(p.Disk), Growth: int64(p.Growth),
-		Env: p.Env, MinIdle: p.MinIdle, Max: p.Max, MaxPerRepository: p.MaxPerRepository,
-		Priority: p.Priority, Group: p.Group, Bootstrap: fleet.Bootstrap(p.Bootstrap), Runner: p.Runner,
-		Nodes: fleet.Selector{Tags: p.NodeTags},
-		Deadlines: fleet.Deadlines{
-			Boot: p.Deadlines.Boot.Duration(), Warm: p.Deadlines.Warm.Duration(),
-			Registered: p.Deadlines.Registered.Duration(), Life: p.Deadlines.Life.Duration(),
-		},
-	}
-	for _, s := range p.Scopes {
-		out.Scopes = append(out.Scopes, fleet.Scope(s))
-	}
-	for _, n := range p.Nodes {
-		out.Nodes.Names = append(out.Nodes.Names, fleet.NodeID(n))
-	}
-	for _, m := range p.Mounts {
-		out.Mounts = append(out.Mounts, fleet.Mount{Name: m.Name, Path: m.Path, ReadOnly: m.ReadOnly})
-	}
-	return out
 }
 
 // ReadSecret reads a secret's file and trims the newline that editors leave. The error

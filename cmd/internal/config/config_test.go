@@ -1,6 +1,7 @@
 package config
 
 import (
+	"fmt"
 	"errors"
 	"os"
 	"path/filepath"
@@ -69,6 +70,51 @@ func TestOthersVariables(t *testing.T) {
 	}
 }
 
+// Secrets of guests come from their files, and the default driver is the one that runs
+// real machines on a Mac.
+func TestLoginsAndDrivers(t *testing.T) {
+	secret := filepath.Join(t.TempDir(), "password")
+	if err := os.WriteFile(secret, []byte("open sesame\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := load(t, good+"    bootstrap: ssh\n    ssh: {user: runner, password_file: "+secret+"}\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.ReadLogins(); err != nil {
+		t.Fatal(err)
+	}
+	pools := c.FleetPools()
+	if l := pools[1].SSH; l == nil || l.User != "runner" || l.Password != "open sesame" || pools[0].SSH != nil {
+		t.Errorf("logins %v and %v", pools[0].SSH, pools[1].SSH)
+	}
+	if said := fmt.Sprintf("%v %+v %#v", *pools[1].SSH, pools[1].SSH, *pools[1].SSH); strings.Contains(said, "sesame") {
+		t.Errorf("printed, a login shows its password: %s", said)
+	}
+	if err := os.Remove(secret); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.ReadLogins(); err == nil || !strings.Contains(err.Error(), `pool "sonoma"`) {
+		t.Errorf("without its file: %v", err)
+	}
+	for platform, want := range map[[2]string]string{
+		{"darwin", "arm64"}: DriverVZ, {"darwin", "amd64"}: DriverProcess, {"linux", "arm64"}: DriverProcess,
+	} {
+		if got := defaultDriver(platform[0], platform[1]); got != want {
+			t.Errorf("on %v: %s, want %s", platform, got, want)
+		}
+	}
+	off := false
+	for _, n := range []struct {
+		node Node
+		want bool
+	}{{Node{Driver: DriverQEMU}, true}, {Node{Driver: DriverVZ}, false}, {Node{Driver: DriverQEMU, SavedStates: &off}, false}} {
+		if n.node.States() != n.want {
+			t.Errorf("saved states with %s: %v", n.node.Driver, n.node.States())
+		}
+	}
+}
+
 func TestDefaultHost(t *testing.T) {
 	name, err := os.Hostname()
 	if err != nil {
@@ -112,6 +158,12 @@ func TestMistakes(t *testing.T) {
 		{"two pools of one name", strings.Replace(good, "name: sonoma", "name: sequoia", 1), "", ":12:", "is called"},
 		{"bad scope", strings.Replace(good, "other/repo", "a/b/c", 1), "", ":7:", "no scope"},
 		{"bad bootstrap", good + "    bootstrap: magic\n", "", ":16:", "unknown bootstrap"},
+		{"unknown driver", good + "node: {driver: vmware}\n", "", ":16: node.driver", "unknown driver"},
+		{"unknown accelerator", good + "node: {driver: qemu, qemu: {accel: warp}}\n", "", ":16: node.qemu.accel", "unknown accelerator"},
+		{"unknown network", good + "node: {driver: qemu, qemu: {network: wifi}}\n", "", ":16: node.qemu.network", "unknown network"},
+		{"states of processes", good + "node: {driver: process, saved_states: true}\n", "", ":16: node.saved_states", "no state"},
+		{"a login that is not used", good + "    ssh: {user: admin}\n", "", ":16: pools[1].ssh", "does not log in"},
+		{"a login without a secret", good + "    bootstrap: ssh\n    ssh: {user: admin}\n", "", ":17: pools[1].ssh", "a password or a key"},
 		{"not YAML", "pools: [", "", ":1:", ""},
 		{"bytes that are no text", "\x00\xff: [\n" + strings.Repeat("x", 5000), "", ":", ""},
 		{"a key twice", good + "fleet: other\n", "", ":16:", "already defined"},

@@ -31,7 +31,10 @@ func (c *Config) Notes() []string {
 	secrets := map[string][]string{
 		"github.private_key_file": {g.PrivateKeyFile}, "github.webhook_secret_files": g.WebhookSecretFiles, "tls.key": {c.TLS.Key},
 	}
-	for _, key := range []string{"github.private_key_file", "github.webhook_secret_files", "tls.key"} {
+	for _, p := range c.Pools {
+		secrets["pools.ssh"] = append(secrets["pools.ssh"], p.SSH.PasswordFile, p.SSH.KeyFile)
+	}
+	for _, key := range []string{"github.private_key_file", "github.webhook_secret_files", "tls.key", "pools.ssh"} {
 		for _, path := range secrets[key] {
 			if note := lookAt(path); note != "" {
 				notes = append(notes, key+": "+note)

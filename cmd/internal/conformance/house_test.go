@@ -57,7 +57,7 @@ func TestMain(m *testing.M) {
 func play(ctx context.Context, args []string) (code int, err error) {
 	switch args[0] {
 	case parts.HelperRole:
-		return 0, parts.Helper(ctx, os.Stdin)
+		return 0, parts.Helper(ctx, args[1:], os.Stdin)
 	case parts.GuestRole:
 		return 0, parts.Guest(ctx)
 	case runnerRole:

@@ -97,6 +97,9 @@ func (c *Control) Open(ctx context.Context) (err error) {
 	if err := os.MkdirAll(cfg.Data, 0o700); err != nil {
 		return fmt.Errorf("make the data directory: %w", err)
 	}
+	if err := cfg.ReadLogins(); err != nil {
+		return err
+	}
 	if c.key, err = fleetKey(cfg.Data); err != nil {
 		return err
 	}

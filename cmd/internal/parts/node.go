@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -103,7 +102,7 @@ func NewNode(c NodeConfig) (*Node, error) {
 		return nil, err
 	}
 	machines, err := helper.New(helper.Config{
-		Command: append(append([]string{}, c.Self...), HelperRole), Dir: filepath.Join(c.Node.Dir, "vms"), Log: c.Log,
+		Command: helperCommand(c), Dir: filepath.Join(c.Node.Dir, "vms"), Log: c.Log,
 	})
 	if err != nil {
 		return nil, err
@@ -164,19 +163,6 @@ func hostMemory() int64 {
 		}
 	}
 	return 0
-}
-
-// Helper is the body of the hidden command that keeps one VM.
-func Helper(ctx context.Context, stdin io.Reader) error {
-	self, err := os.Executable()
-	if err != nil {
-		return err
-	}
-	driver, err := process.New(process.Config{Command: []string{self, GuestRole}})
-	if err != nil {
-		return err
-	}
-	return helper.Main(ctx, driver, stdin)
 }
 
 // Guest is the body of the hidden command that is the guest of the process driver.

@@ -1,0 +1,54 @@
+package parts
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"slices"
+
+	"github.com/paddock-ci/paddock/cmd/internal/config"
+	"github.com/paddock-ci/paddock/vm"
+	"github.com/paddock-ci/paddock/vm/helper"
+	"github.com/paddock-ci/paddock/vm/process"
+)
+
+// helperCommand is how this program starts itself as the helper of a VM: the driver is in
+// its arguments, since each helper has one of its own.
+func helperCommand(c NodeConfig) []string {
+	return slices.Concat(c.Self, []string{HelperRole, "-driver", c.Node.Driver, "-accel", c.Node.QEMU.Accel, "-network", c.Node.QEMU.Network})
+}
+
+// Helper is the body of the hidden command that keeps one VM; args are what helperCommand
+// puts after the role.
+func Helper(ctx context.Context, args []string, stdin io.Reader) error {
+	flags := flag.NewFlagSet(HelperRole, flag.ContinueOnError)
+	flags.SetOutput(io.Discard) // an error says it
+	name := flags.String("driver", config.DriverProcess, "")
+	q := config.QEMU{}
+	flags.StringVar(&q.Accel, "accel", "", "")
+	flags.StringVar(&q.Network, "network", "", "")
+	if err := flags.Parse(args); err != nil {
+		return fmt.Errorf("vm helper: %w", err)
+	}
+	driver, err := Driver(*name, q, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	if err != nil {
+		return err
+	}
+	return helper.Main(ctx, driver, stdin)
+}
+
+// Driver makes a driver by its name in the configuration.
+func Driver(name string, _ config.QEMU, log *slog.Logger) (vm.Driver, error) {
+	switch name {
+	case config.DriverProcess:
+		self, err := os.Executable()
+		if err != nil {
+			return nil, err
+		}
+		return process.New(process.Config{Command: []string{self, GuestRole}, Log: log})
+	}
+	return nil, fmt.Errorf("unknown driver %q", name)
+}
