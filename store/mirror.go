@@ -126,6 +126,7 @@ func (s *Store) apply(next, last *View, records []any) {
 	nodes := patch[fleet.NodeID, fleet.Node]{was: last.Nodes}
 	images := patch[string, fleet.Image]{was: last.Images}
 	orders := patch[fleet.NodeID, fleet.Orders]{was: last.Orders}
+	pending := patch[string, Pending]{was: last.Pending}
 	for i := 0; i+2 < len(records); i += 3 {
 		member, rev, record := text(records, i), revisionOf(text(records, i+1)), text(records, i+2)
 		kind, id := member[:1], member[1:]
@@ -156,6 +157,8 @@ func (s *Store) apply(next, last *View, records []any) {
 				o.Rev = rev
 				return o, err
 			})
+		case "s":
+			err = pending.put(id, record, func() (*Pending, error) { return splitPending(record) })
 		default:
 			err = fmt.Errorf("unknown kind %q", kind)
 		}
@@ -165,7 +168,7 @@ func (s *Store) apply(next, last *View, records []any) {
 		}
 	}
 	next.Jobs, next.VMs, next.Nodes = jobs.result(), vms.result(), nodes.result()
-	next.Images, next.Orders = images.result(), orders.result()
+	next.Images, next.Orders, next.Pending = images.result(), orders.result(), pending.result()
 	next.open = reopen(last.open, last.Jobs, next.Jobs, jobs.changed)
 	next.index()
 }

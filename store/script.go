@@ -29,6 +29,7 @@ func keys(prefix string) []string {
 		"held",     // hash: VM → job, the inverse of units
 		"cursors",  // hash: name → value
 		"ledger",   // hash: version, body
+		"pending",  // hash: id of a person's session that no node has answered → record (see pend.lua)
 	}
 	for i, name := range names {
 		names[i] = "{" + prefix + "}:" + name
@@ -64,6 +65,12 @@ var (
 	setCursorSource string
 	//go:embed lua/ledger.lua
 	ledgerSource string
+	//go:embed lua/waiting.lua
+	waitingSource string
+	//go:embed lua/pend.lua
+	pendSource string
+	//go:embed lua/unpend.lua
+	unpendSource string
 	//go:embed lua/snapshot.lua
 	snapshotSource string
 	//go:embed lua/restore.lua
@@ -81,6 +88,8 @@ var (
 	cursorScript    = redis.NewScript(prelude + cursorSource)
 	setCursorScript = redis.NewScript(prelude + setCursorSource)
 	ledgerScript    = redis.NewScript(prelude + ledgerSource)
+	pendScript      = redis.NewScript(prelude + waitingSource + pendSource)
+	unpendScript    = redis.NewScript(prelude + waitingSource + unpendSource)
 	snapshotScript  = redis.NewScript(prelude + snapshotSource)
 	restoreScript   = redis.NewScript(prelude + restoreSource)
 )
@@ -124,7 +133,7 @@ func number(answer []any, i int) int64 {
 
 // refusal turns the {kind, detail} that a script answers into an error, nil if it wrote.
 func refusal(doing string, answer []any) error {
-	sentinel := map[string]error{"fenced": ErrFenced, "stale": ErrStale, "conflict": ErrConflict}[text(answer, 0)]
+	sentinel := map[string]error{"fenced": ErrFenced, "stale": ErrStale, "conflict": ErrConflict, "full": ErrFull}[text(answer, 0)]
 	if sentinel == nil {
 		return nil
 	}

@@ -35,6 +35,8 @@ var (
 	ErrStale = errors.New("stale report")
 	// ErrConflict: a record changed since it was read; read again and decide again.
 	ErrConflict = errors.New("conflict")
+	// ErrFull: a bound was reached; the error says which. Try again once there is less.
+	ErrFull = errors.New("too many")
 	// ErrDown: the store cannot be reached or cannot write now; try again later.
 	ErrDown = errors.New("store unavailable")
 )

@@ -21,6 +21,8 @@ type View struct {
 	Nodes  map[fleet.NodeID]*fleet.Node
 	Images map[string]*fleet.Image // by Ref
 	Orders map[fleet.NodeID]*fleet.Orders
+	// Pending are by ID; some may be past their deadline, see Pending.
+	Pending map[string]*Pending
 
 	open   []*fleet.Job // sorted by older
 	byNode func() map[fleet.NodeID][]*fleet.VM

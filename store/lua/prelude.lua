@@ -3,7 +3,8 @@
 local meta, jobs, vms, nodes, images, orders = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local tombs, changes, gone, events = KEYS[7], KEYS[8], KEYS[9], KEYS[10]
 local sessions, units, held, cursors, ledger = KEYS[11], KEYS[12], KEYS[13], KEYS[14], KEYS[15]
-local hashes = {j = jobs, v = vms, n = nodes, i = images, o = orders}
+local pending = KEYS[16]
+local hashes = {j = jobs, v = vms, n = nodes, i = images, o = orders, s = pending}
 
 -- ARGV[1] names the incarnation that is made if none is found; ARGV[2] is the channel.
 local channel = ARGV[2]
@@ -20,7 +21,7 @@ local function whole(n) return string.format('%.0f', n) end
 -- 1970, so that a revision of an earlier incarnation is never met again.
 if not redis.call('HGET', meta, 'incarnation') then
 	redis.call('DEL', jobs, vms, nodes, images, orders, tombs, changes, gone, events,
-		sessions, units, held, cursors)
+		sessions, units, held, cursors, pending)
 	local first = whole(now * 1000 + tonumber(clock[2]) % 1000)
 	redis.call('HSET', meta, 'incarnation', ARGV[1], 'born', whole(now), 'rev', first,
 		'floor', '0', 'epoch', '0', 'leader', '', 'until', '0')

@@ -39,6 +39,10 @@ func Run(t *testing.T, open func(t *testing.T) *store.Store) {
 		{"quiet writes wake nobody", quiet},
 		{"events", events},
 		{"cursors", cursors},
+		{"sessions wait for their node", pendings},
+		{"sessions that wait are bounded", pendingLimits},
+		{"a session past its deadline is forgotten", pendingDeadline},
+		{"a session is answered once", pendingOnce},
 		{"the ledger", ledger},
 		{"12,000 jobs", manyJobs},
 	}
