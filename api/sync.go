@@ -123,6 +123,9 @@ type RunnerOrder struct {
 	// Archive is GitHub's runner for this guest, for VMs whose pool names no command of its
 	// own; nil: the guest has one, or GitHub's list could not be read.
 	Archive *Archive `json:"archive,omitempty"`
+	// Archives are GitHub's runner applications, one of which fits the guest; none if the
+	// pool names a command of its own, or GitHub's list could not be read.
+	Archives []fleet.Archive `json:"archives,omitempty"`
 }
 
 // Archive is a runner application as GitHub offers it for download.
@@ -157,6 +160,8 @@ type SessionOrder struct {
 	VM   fleet.VMID  `json:"vm"`
 	Kind SessionKind `json:"kind"`
 	Port int         `json:"port,omitempty"` // of SessionPort
+	// Once: console and logs end with what there is now, instead of being followed.
+	Once bool `json:"once,omitempty"`
 }
 
 // DestroyOrder names a VM to tear down.

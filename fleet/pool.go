@@ -85,6 +85,15 @@ func (l Login) GoString() string { return l.String() }
 // StockLogin is what public macOS images let in, by their documentation.
 var StockLogin = Login{User: "admin", Password: "admin"}
 
+// Archive is GitHub's runner application for one kind of guest.
+type Archive struct {
+	OS     string `json:"os"`     // darwin or linux
+	Arch   string `json:"arch"`   // arm64 or amd64
+	Name   string `json:"name"`   // file name, which holds the version
+	URL    string `json:"url"`    // https
+	SHA256 string `json:"sha256"` // hex, by GitHub's word
+}
+
 // Deadlines bound the phases of a VM's life; a zero field means the default.
 type Deadlines struct {
 	Boot       time.Duration `json:"boot,omitempty"`       // placed to warm; default 10 min

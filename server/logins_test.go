@@ -45,3 +45,23 @@ func TestLogins(t *testing.T) {
 		t.Errorf("the revision does not depend on whose logins there are: %v", err)
 	}
 }
+
+// A runner order names GitHub's applications only where the pool's guests run GitHub's.
+func TestArchives(t *testing.T) {
+	h := newHouse(t)
+	applications := []fleet.Archive{{OS: "darwin", Arch: "arm64", Name: "r.tar.gz", URL: "https://example.com/r.tar.gz", SHA256: "00"}}
+	h.server.c.Archives = func() []fleet.Archive { return applications }
+	m := h.mac("mac1")
+	h.place("vmaaaaaa", "mac1")
+	m.say(m.is("vmaaaaaa", fleet.VMWarm))
+	h.claim("vmaaaaaa")
+	if reply := m.say(m.is("vmaaaaaa", fleet.VMWarm)); len(reply.Start) != 1 || reply.Start[0].Archives != nil {
+		t.Errorf("a pool with a command of its own: %+v", reply.Start)
+	}
+	stock := pool
+	stock.Runner = nil
+	h.server.c.Pools = func() []fleet.Pool { return []fleet.Pool{stock} }
+	if reply := m.say(m.is("vmaaaaaa", fleet.VMWarm)); len(reply.Start) != 1 || !slices.Equal(reply.Start[0].Archives, applications) {
+		t.Errorf("a pool without one: %+v", reply.Start)
+	}
+}

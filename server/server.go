@@ -47,6 +47,10 @@ type Config struct {
 	// Explain says why a job waits; the controller's. Nil: the route answers 501.
 	Explain func(ctx context.Context, id fleet.JobID) (placement.Explanation, error)
 
+	// Archives are GitHub's runner applications, for pools that name no command of their
+	// own; nil: none, and their guests need a runner in the image.
+	Archives func() []fleet.Archive
+
 	// SelfURL is where nodes reach this controller, and Certificate the hex SHA-256 of
 	// its self-made certificate; both go into join tokens. "": the node has to be told.
 	SelfURL     string
@@ -85,6 +89,9 @@ func New(c Config) (*Server, error) {
 	}
 	if c.Pools == nil {
 		c.Pools = func() []fleet.Pool { return nil }
+	}
+	if c.Archives == nil {
+		c.Archives = func() []fleet.Archive { return nil }
 	}
 	if c.Metrics == nil {
 		c.Metrics = prometheus.NewRegistry()

@@ -167,6 +167,9 @@ func (s *Server) orders(view *store.View, node fleet.NodeID, q *api.SyncRequest)
 			reply.Destroy = append(reply.Destroy, api.DestroyOrder{VM: vm.ID, Reason: reason(vm)})
 		case vm.Claim != nil && vm.Claim.Sealed != "" && !vm.Claim.Started && vm.Retire == fleet.RetireNone:
 			if start, ok := s.runnerOrder(vm); ok {
+				if pool != nil && len(pool.Runner) == 0 {
+					start.Archives = s.c.Archives()
+				}
 				reply.Start = append(reply.Start, start)
 			}
 		}

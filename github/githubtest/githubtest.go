@@ -51,6 +51,9 @@ type Config struct {
 	Repositories []Repository
 	// Groups are runner groups besides 1, "Default", which every repository may use.
 	Groups []Group
+	// Applications are the runners offered for download; nil: names such as GitHub's, behind
+	// which there is nothing.
+	Applications []Application
 	// Assignment is how long a job waits for the runner it was given to, before it is
 	// queued again; 0: 60 s, as at GitHub.
 	Assignment time.Duration

@@ -202,20 +202,38 @@ func (g *GitHub) deleteRunner(c *call) answer {
 	return answer{status: http.StatusNoContent}
 }
 
-// listDownloads names runner archives; nothing can be fetched from there.
+// Application is a runner that GitHub offers for download, in its words.
+type Application struct {
+	OS, Arch  string // osx or linux; arm64 or x64
+	File, URL string
+	SHA256    string // hex; "": none, as GitHub allows
+}
+
+// listDownloads names runner archives: those of the configuration, or such as GitHub has,
+// which cannot be fetched.
 func (g *GitHub) listDownloads(c *call) answer {
 	if _, known := g.scope(c); !known {
 		return notFound
 	}
-	list := []object{}
+	offered := g.c.Applications
 	for _, platform := range []string{"osx-arm64", "osx-x64", "linux-x64", "linux-arm64"} {
+		if g.c.Applications != nil {
+			break
+		}
 		system, architecture, _ := strings.Cut(platform, "-")
 		file := "actions-runner-" + platform + "-2.330.0.tar.gz"
-		list = append(list, object{
-			"os": system, "architecture": strings.Replace(architecture, "x64", "x86_64", 1), "filename": file,
-			"download_url":    "https://github.com/actions/runner/releases/download/v2.330.0/" + file,
-			"sha256_checksum": strings.Repeat("0", 64),
+		offered = append(offered, Application{
+			OS: system, Arch: architecture, File: file,
+			URL: "https://github.com/actions/runner/releases/download/v2.330.0/" + file, SHA256: strings.Repeat("0", 64),
 		})
+	}
+	list := []object{}
+	for _, a := range offered {
+		entry := object{"os": a.OS, "architecture": a.Arch, "filename": a.File, "download_url": a.URL}
+		if a.SHA256 != "" {
+			entry["sha256_checksum"] = a.SHA256
+		}
+		list = append(list, entry)
 	}
 	return ok(list)
 }

@@ -69,6 +69,7 @@ type Control struct {
 
 	store      *store.Store
 	controller *controller.Controller
+	runners    *github.Applications
 	feed       *feed.Feed
 	http       *http.Server
 }
@@ -181,6 +182,7 @@ func (c *Control) build() (handler http.Handler, drain func(), err error) {
 	}); err != nil {
 		return nil, nil, err
 	}
+	c.runners = github.NewApplications(gh, scopesOfOwnRunner(cfg.FleetPools()), c.c.Log)
 	secrets := make([][]byte, 0, len(cfg.GitHub.WebhookSecretFiles))
 	for _, path := range cfg.GitHub.WebhookSecretFiles {
 		secret, err := config.ReadSecret(path)
@@ -195,7 +197,7 @@ func (c *Control) build() (handler http.Handler, drain func(), err error) {
 	}
 	nodes, err := server.New(server.Config{
 		Store: c.store, Key: c.key, Pools: cfg.FleetPools, Fleet: cfg.Fleet, Explain: c.controller.Explain,
-		SelfURL: c.url, Certificate: c.pinned(), Metrics: metrics, Log: c.c.Log,
+		Archives: c.runners.Latest, SelfURL: c.url, Certificate: c.pinned(), Metrics: metrics, Log: c.c.Log,
 	})
 	if err != nil {
 		return nil, nil, err
@@ -204,6 +206,18 @@ func (c *Control) build() (handler http.Handler, drain func(), err error) {
 	mux.Handle(WebhookPath, hooks)
 	mux.Handle("/", nodes.Handler())
 	return mux, nodes.Drain, nil
+}
+
+// scopesOfOwnRunner are those of pools that run GitHub's own runner, which is brought into
+// their guests.
+func scopesOfOwnRunner(pools []fleet.Pool) []fleet.Scope {
+	var scopes []fleet.Scope
+	for _, p := range pools {
+		if len(p.Runner) == 0 {
+			scopes = append(scopes, p.Scopes...)
+		}
+	}
+	return scopes
 }
 
 func (c *Control) github() (*github.Client, error) {
@@ -239,6 +253,7 @@ func (c *Control) Run(ctx context.Context) error {
 	group.Go(func() error { return c.controller.Errands(ctx) })
 	group.Go(func() error { return c.controller.Resolver(ctx) })
 	group.Go(func() error { return c.feed.Run(ctx) })
+	group.Go(func() error { return c.runners.Run(ctx) })
 	group.Go(func() error { return c.keepHistory(ctx) })
 	group.Go(func() error { return c.keepTokenForCLI(ctx) })
 	group.Go(func() error {
