@@ -59,6 +59,8 @@ type Client struct {
 	agent string
 	token atomic.Pointer[string]
 	http  *http.Client
+	// streams is for the calls that become raw streams: HTTP/1.1, a connection each.
+	streams *http.Client
 }
 
 // New checks the configuration; it makes no call.
@@ -70,14 +72,18 @@ func New(c Config) (*Client, error) {
 	if base.Scheme == "http" && !loopback(base.Hostname()) {
 		return nil, &Error{Message: fmt.Sprintf("%q would send the token in the clear", c.URL), Hint: "use https://; plain http is for this host only"}
 	}
+	streams := c.Transport
 	if c.Transport == nil {
-		if c.Transport, err = transport(c); err != nil {
+		t, err := transport(c)
+		if err != nil {
 			return nil, err
 		}
+		c.Transport, streams = t, streamTransport(t)
 	}
 	client := &Client{
 		base: strings.TrimSuffix(c.URL, "/"), agent: c.Agent,
-		http: &http.Client{Transport: c.Transport, CheckRedirect: noRedirect},
+		http:    &http.Client{Transport: c.Transport, CheckRedirect: noRedirect},
+		streams: &http.Client{Transport: streams, CheckRedirect: noRedirect},
 	}
 	if client.agent == "" {
 		client.agent = "paddock"
@@ -95,7 +101,7 @@ func loopback(host string) bool {
 }
 
 // transport trusts what the configuration names.
-func transport(c Config) (http.RoundTripper, error) {
+func transport(c Config) (*http.Transport, error) {
 	t := &http.Transport{
 		Proxy:               http.ProxyFromEnvironment,
 		TLSClientConfig:     &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: c.CA},
@@ -233,6 +239,11 @@ func call[T any](ctx context.Context, c *Client, method, path string, body any) 
 
 // do sends body as JSON and decodes a 2xx answer; any other is an *Error.
 func (c *Client) do(ctx context.Context, method, path string, body, answer any) error {
+	return c.doBy(ctx, c.http, method, path, body, answer)
+}
+
+// doBy is do by one of the client's ways.
+func (c *Client) doBy(ctx context.Context, by *http.Client, method, path string, body, answer any) error {
 	var content io.Reader = http.NoBody
 	if body != nil {
 		text, err := json.Marshal(body)
@@ -241,18 +252,14 @@ func (c *Client) do(ctx context.Context, method, path string, body, answer any) 
 		}
 		content = bytes.NewReader(text)
 	}
-	request, err := http.NewRequestWithContext(ctx, method, c.base+path, content)
+	request, err := c.request(ctx, method, path, content)
 	if err != nil {
-		return fmt.Errorf("call %s: %w", path, err)
-	}
-	if token := *c.token.Load(); token != "" {
-		request.Header.Set("Authorization", "Bearer "+token)
+		return err
 	}
 	if body != nil {
 		request.Header.Set("Content-Type", "application/json")
 	}
-	request.Header.Set("User-Agent", c.agent)
-	response, err := c.http.Do(request)
+	response, err := by.Do(request)
 	if err != nil {
 		return unreachable(c.base, err)
 	}
@@ -261,6 +268,19 @@ func (c *Client) do(ctx context.Context, method, path string, body, answer any) 
 		return readError(response)
 	}
 	return decode(response.Body, answer)
+}
+
+// request is one with who we are.
+func (c *Client) request(ctx context.Context, method, path string, content io.Reader) (*http.Request, error) {
+	request, err := http.NewRequestWithContext(ctx, method, c.base+path, content)
+	if err != nil {
+		return nil, fmt.Errorf("call %s: %w", path, err)
+	}
+	if token := *c.token.Load(); token != "" {
+		request.Header.Set("Authorization", "Bearer "+token)
+	}
+	request.Header.Set("User-Agent", c.agent)
+	return request, nil
 }
 
 // unreachable says in words that the controller was not reached; an *Error inside (a

@@ -22,10 +22,19 @@ const (
 	RouteTokens   = "/v1/tokens"              // GET → []TokenRow; POST TokenRequest → TokenReply
 	RouteToken    = "/v1/tokens/{id}"         // DELETE → TokenRow
 
+	RouteVMSession   = "/v1/vms/{id}/session"          // POST ?kind=&port=&once= by HTTP/1.1 with Upgrade: paddock-stream → 101 and a raw stream, once the VM's node has answered (else 502, or 504 after 20 s)
+	RouteNodeSession = "/v1/nodes/{id}/sessions/{sid}" // POST with the same Upgrade → 101 and the other end of the stream, or without it Error → nothing, which is what the caller is told (421: another replica holds the session, try again)
+
 	RouteHealth  = "/healthz" // the process runs
 	RouteReady   = "/readyz"  // the store answers
 	RouteMetrics = "/metrics" // Prometheus
 )
 
-// path fills the {id} of a route.
-func path(route, id string) string { return strings.Replace(route, "{id}", url.PathEscape(id), 1) }
+// path fills the {id} of a route, and its {sid} if there is one.
+func path(route, id string, sid ...string) string {
+	route = strings.Replace(route, "{id}", url.PathEscape(id), 1)
+	for _, s := range sid {
+		route = strings.Replace(route, "{sid}", url.PathEscape(s), 1)
+	}
+	return route
+}

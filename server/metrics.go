@@ -14,6 +14,7 @@ import (
 type metrics struct {
 	requests *prometheus.HistogramVec // without the time a sync is parked
 	parked   prometheus.Gauge
+	sessions prometheus.Gauge
 	start    *prometheus.HistogramVec
 	starts   *prometheus.CounterVec
 	boots    *prometheus.HistogramVec
@@ -26,7 +27,8 @@ func newMetrics(r prometheus.Registerer) metrics {
 			Name: "paddock_http_request_seconds", Help: "Time to answer, without the time a sync is parked.",
 			Buckets: prometheus.ExponentialBuckets(0.0005, 2, 14),
 		}, []string{"route", "status"}),
-		parked: prometheus.NewGauge(prometheus.GaugeOpts{Name: "paddock_syncs_parked", Help: "Syncs that wait for news."}),
+		parked:   prometheus.NewGauge(prometheus.GaugeOpts{Name: "paddock_syncs_parked", Help: "Syncs that wait for news."}),
+		sessions: prometheus.NewGauge(prometheus.GaugeOpts{Name: "paddock_sessions_open", Help: "People's sessions with VMs that pass through this replica."}),
 		start: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "paddock_start_delay_seconds", Help: "From a job's being queued to its runner being busy, split into queue, pull, boot and register.",
 			Buckets: prometheus.ExponentialBuckets(0.05, 2, 16), // 50 ms to 27 min
@@ -46,7 +48,7 @@ func newMetrics(r prometheus.Registerer) metrics {
 	for _, phase := range []string{"queue", "pull", "boot", "register"} {
 		m.start.WithLabelValues(phase)
 	}
-	r.MustRegister(m.requests, m.parked, m.start, m.starts, m.boots, m.ended)
+	r.MustRegister(m.requests, m.parked, m.sessions, m.start, m.starts, m.boots, m.ended)
 	return m
 }
 

@@ -43,7 +43,8 @@ func reference(t *testing.T) string {
 Generated from the routes by ` + "`go test ./server -run Reference -update`" + `; the types are those of package ` + "`api`" + `.
 Every call but join and the probes wants ` + "`Authorization: Bearer pdk_…`" + `. A refusal is
 ` + "`{\"error\": …, \"hint\": …}`" + ` with the status 400 (malformed), 401 (who are you), 403 (not yours), 404, 409 (older
-than what is known), 413, 426 (another version of sync) or 503 (the store is away).
+than what is known, or not now), 413, 421 (another replica's), 426 (another version of sync, or no Upgrade), 429,
+502 (the node cannot), 503 (the store or the node is away) or 504 (the node does not answer).
 
 | method | path | for | in and out |
 |---|---|---|---|

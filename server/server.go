@@ -9,7 +9,9 @@
 //     run, runners to start, VMs to destroy. While it is what the node already has, the
 //     call is parked until the store says that something changed.
 //  4. join makes a node of whoever has a one-time token; tokens let people in.
-//  5. The lists are views, turned into rows.
+//  5. A session is a person's call and a node's answer to it, spliced: the way into a VM
+//     that needs no port.
+//  6. The lists are views, turned into rows.
 //
 // It decides nothing about the fleet: the controller does, and meets it in the store.
 // Webhooks are package webhook's, on the same port; cmd puts the two together.
@@ -68,6 +70,7 @@ type Server struct {
 	verifier access.Verifier
 	metrics  metrics
 	ledger   *ledgerCache
+	waiters  waiters
 	engine   *gin.Engine
 	bodyTime time.Duration // see bodyTime; tests have less of it
 
@@ -103,7 +106,7 @@ func New(c Config) (*Server, error) {
 		c.Now = time.Now
 	}
 	s := &Server{c: c, log: c.Log, verifier: verifier, metrics: newMetrics(c.Metrics), drain: make(chan struct{}),
-		ledger: newLedgerCache(c.Store.ReadLedger), bodyTime: bodyTime}
+		ledger: newLedgerCache(c.Store.ReadLedger), bodyTime: bodyTime, waiters: waiters{by: map[string]*waiter{}}}
 	s.engine = s.routes()
 	return s, nil
 }
@@ -113,7 +116,8 @@ func New(c Config) (*Server, error) {
 func (s *Server) Handler() http.Handler { return s.engine }
 
 // Drain answers all parked calls and parks no more, so that an http.Server can shut
-// down without waiting for them: give it to RegisterOnShutdown.
+// down without waiting for them: give it to RegisterOnShutdown. It ends the sessions,
+// which an http.Server does not know of, after a second.
 func (s *Server) Drain() { s.draining.Do(func() { close(s.drain) }) }
 
 // route is one line of the table.
@@ -143,6 +147,8 @@ var table = []route{
 	{http.MethodPost, api.RouteCordon, access.Operate, endpoint((*Server).cordon)},
 	{http.MethodPost, api.RouteUncordon, access.Operate, endpoint((*Server).uncordon)},
 	{http.MethodGet, api.RouteVMs, access.Read, endpoint((*Server).listVMs)},
+	{http.MethodPost, api.RouteVMSession, access.Operate, upgrade((*Server).vmSession)},
+	{http.MethodPost, api.RouteNodeSession, access.Sync, upgrade((*Server).nodeSession)},
 	{http.MethodGet, api.RouteImages, access.ReadImages, endpoint((*Server).listImages)},
 	{http.MethodGet, api.RouteJobs, access.Read, endpoint((*Server).listJobs)},
 	{http.MethodGet, api.RouteExplain, access.Read, endpoint((*Server).explain)},
@@ -175,8 +181,10 @@ func (s *Server) routes() *gin.Engine {
 	return engine
 }
 
-// ginPath writes {id} as gin does.
-func ginPath(path string) string { return strings.Replace(path, "{id}", ":id", 1) }
+// ginPath writes {id} and {sid} as gin does.
+func ginPath(path string) string {
+	return strings.NewReplacer("{id}", ":id", "{sid}", ":sid").Replace(path)
+}
 
 type probe struct {
 	Status string `json:"status"`

@@ -175,6 +175,7 @@ func (s *Server) orders(view *store.View, node fleet.NodeID, q *api.SyncRequest)
 		}
 	}
 	reply.Logins = logins(view.VMsOn(node), pools)
+	reply.Sessions = sessionOrders(view, node)
 	var err error
 	reply.Revision, err = revision(reply)
 	return reply, err
