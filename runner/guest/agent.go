@@ -14,13 +14,14 @@ import (
 type AgentConfig struct {
 	Dir     string       // the runner's working directory; "": the agent's own
 	Version string       // said in hello; "": "unknown"
+	System  System       // nil: the machine is not the agent's to change, as with a process on a host
 	Log     *slog.Logger // nil: no log
 }
 
-// Limits of one agent. The host needs one connection with three requests; more of
-// either is a mistake or an attack from inside.
+// Limits of one agent. The host needs one connection with a few requests, and one for
+// each port that somebody forwards; what is beyond is hung up on.
 const (
-	maxConns    = 16
+	maxConns    = 256
 	maxRequests = 16 // open at once, per connection
 )
 
@@ -33,6 +34,8 @@ type agent struct {
 	status  Status
 	changed chan struct{} // closed and replaced at each change of status
 	process *process      // the one runner; nil until started
+
+	network chan struct{} // holds a token while the network is being brought up
 }
 
 // Serve answers on l until ctx ends or l fails; then it kills the runner with its
@@ -42,7 +45,7 @@ func Serve(ctx context.Context, l net.Listener, c AgentConfig) error {
 	if c.Version == "" {
 		c.Version = "unknown"
 	}
-	a := &agent{config: c, log: c.Log, status: Status{State: Idle}, changed: make(chan struct{})}
+	a := &agent{config: c, log: c.Log, status: Status{State: Idle}, changed: make(chan struct{}), network: make(chan struct{}, 1)}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
 	}
@@ -57,11 +60,6 @@ func Serve(ctx context.Context, l net.Listener, c AgentConfig) error {
 
 	free := make(chan struct{}, maxConns)
 	for {
-		select {
-		case free <- struct{}{}:
-		case <-serving.Done():
-			return nil
-		}
 		conn, err := l.Accept()
 		if err != nil {
 			if ctx.Err() != nil {
@@ -69,6 +67,12 @@ func Serve(ctx context.Context, l net.Listener, c AgentConfig) error {
 			}
 			_ = l.Close()
 			return fmt.Errorf("guest agent: accepting a connection: %w", err)
+		}
+		select {
+		case free <- struct{}{}:
+		default:
+			_ = conn.Close()
+			continue
 		}
 		wg.Go(func() {
 			a.serveConn(serving, conn)
@@ -82,14 +86,24 @@ type session struct {
 	agent *agent
 	conn  net.Conn
 
-	mu   sync.Mutex // guards writes and open
-	open map[uint32]context.CancelFunc
+	writing sync.Mutex // one frame at a time
+
+	mu   sync.Mutex // guards what follows
+	open map[uint32]*request
 }
 
-// serveConn answers one connection until it ends; what it asked for goes on.
+// request is one that is being answered.
+type request struct {
+	id     uint32
+	cancel context.CancelFunc
+	unread chan struct{} // holds a token for each output answer that the host has not consumed
+	data   chan []byte   // pieces of a put's file that are not yet written
+}
+
+// serveConn answers one connection until it ends; the runner that it asked for goes on.
 func (a *agent) serveConn(ctx context.Context, conn net.Conn) {
 	ctx, cancel := context.WithCancel(ctx)
-	s := &session{agent: a, conn: conn, open: map[uint32]context.CancelFunc{}}
+	s := &session{agent: a, conn: conn, open: map[uint32]*request{}}
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
@@ -99,7 +113,7 @@ func (a *agent) serveConn(ctx context.Context, conn net.Conn) {
 			_ = conn.Close()
 		}
 	}()
-	for {
+	for first := true; ; first = false {
 		f, err := readFrame(conn)
 		if err != nil {
 			if errors.Is(err, errFrame) {
@@ -107,68 +121,115 @@ func (a *agent) serveConn(ctx context.Context, conn net.Conn) {
 			}
 			return
 		}
-		if f.kind == kindCancel {
-			s.end(f.id)
-			continue
-		}
-		requestCtx, ok := s.begin(ctx, f.id)
-		if !ok {
-			a.log.Warn("connection dropped: too many requests at once, or an id used twice", "id", f.id)
+		if first && f.kind == kindConnect {
+			s.connect(ctx, f)
 			return
 		}
-		wg.Go(func() {
-			defer s.end(f.id)
-			s.answer(requestCtx, f)
-		})
+		if err := s.take(ctx, f, &wg); err != nil {
+			a.log.Warn("connection dropped", "error", err)
+			return
+		}
 	}
 }
 
-// begin notes an open request; false if there are too many or its id is in use.
-func (s *session) begin(ctx context.Context, id uint32) (context.Context, bool) {
+// take handles one message: it begins a request, or belongs to one that is open; what
+// belongs to one that is over is late, and dropped. It does not wait.
+func (s *session) take(ctx context.Context, f frame, wg *sync.WaitGroup) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, used := s.open[id]; used || len(s.open) >= maxRequests {
-		return nil, false
+	r, known := s.open[f.id]
+	switch f.kind {
+	case kindCancel:
+		if known {
+			r.cancel()
+			delete(s.open, f.id)
+		}
+		return nil
+	case kindCredit:
+		if known {
+			select {
+			case <-r.unread:
+			default: // for nothing that we sent
+			}
+		}
+		return nil
+	case kindData:
+		if known {
+			select {
+			case r.data <- f.body:
+			default:
+				return fmt.Errorf("%w: more data than was asked for", errFrame)
+			}
+		}
+		return nil
 	}
-	ctx, s.open[id] = context.WithCancel(ctx)
-	return ctx, true
+	if known || len(s.open) >= maxRequests {
+		return fmt.Errorf("%w: too many requests at once, or an id used twice: %d", errFrame, f.id)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	r = &request{id: f.id, cancel: cancel, unread: make(chan struct{}, window), data: make(chan []byte, window)}
+	s.open[f.id] = r
+	wg.Go(func() {
+		defer s.end(r)
+		s.answer(ctx, r, f)
+	})
+	return nil
 }
 
-func (s *session) end(id uint32) {
+// end forgets a request, unless its id is in use again already.
+func (s *session) end(r *request) {
+	r.cancel()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if cancel, ok := s.open[id]; ok {
-		cancel()
-		delete(s.open, id)
+	if s.open[r.id] == r {
+		delete(s.open, r.id)
 	}
 }
 
 // answer handles one request.
-func (s *session) answer(ctx context.Context, f frame) {
-	a := s.agent
+func (s *session) answer(ctx context.Context, r *request, f frame) {
+	var err error
 	switch f.kind {
 	case kindHello:
-		status, _ := a.now()
-		s.send(kindHelloAnswer, f.id, Hello{Protocol: Protocol, Version: a.config.Version, Status: status})
+		status, _ := s.agent.now()
+		s.send(kindHelloAnswer, f.id, Hello{Protocol: Protocol, Version: s.agent.config.Version, Status: status})
 	case kindStart:
-		var b startBody
-		err := f.decode(&b)
-		if err == nil {
-			err = a.start(ctx, Run(b))
-		}
-		clear(f.body) // holds the input
-		if err != nil {
-			s.fail(f.id, err)
-			return
-		}
-		s.send(kindDone, f.id, nil)
+		err = s.start(ctx, f)
 	case kindWatch:
 		s.watch(ctx, f.id)
-	case kindCancel, kindHelloAnswer, kindDone, kindStatus, kindError:
-		fallthrough
+	case kindExec:
+		err = s.exec(ctx, r, f)
+	case kindPut:
+		err = s.put(ctx, r, f)
+	case kindOutput:
+		s.output(ctx, r)
+	case kindNetwork:
+		err = s.networkUp(ctx, f)
+	case kindWake:
+		err = s.wake(ctx, f)
+	case kindShutdown:
+		err = s.shutdown(ctx, f)
+	case kindConnect:
+		err = errors.New("a stream to a port must be a fresh one")
 	default:
-		s.fail(f.id, fmt.Errorf("%w: kind %d", ErrUnsupported, f.kind))
+		err = fmt.Errorf("%w: kind %d", ErrUnsupported, f.kind)
 	}
+	if err != nil {
+		s.fail(f.id, err)
+	}
+}
+
+func (s *session) start(ctx context.Context, f frame) error {
+	var b startBody
+	err := f.decode(&b)
+	if err == nil {
+		err = s.agent.start(ctx, Run(b))
+	}
+	clear(f.body) // holds the input
+	if err == nil {
+		s.send(kindDone, f.id, nil)
+	}
+	return err
 }
 
 // watch sends the status now and at each change, until it is final.
@@ -204,9 +265,24 @@ func (s *session) send(k kind, id uint32, body any) bool {
 		s.agent.log.Error("answer not sent", "error", err)
 		return false
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	_, err = s.conn.Write(b)
+	return s.write(b)
+}
+
+// chunk sends a piece of output once the host has room for it; false ends the request.
+func (s *session) chunk(ctx context.Context, r *request, k kind, p []byte) bool {
+	select {
+	case r.unread <- struct{}{}:
+	case <-ctx.Done():
+		return false
+	}
+	b, err := encodeRaw(k, r.id, p)
+	return err == nil && s.write(b)
+}
+
+func (s *session) write(b []byte) bool {
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	_, err := s.conn.Write(b)
 	return err == nil
 }
 
@@ -250,6 +326,7 @@ func (a *agent) start(ctx context.Context, r Run) error {
 	go func() {
 		code := p.wait()
 		a.exited(code, p.out.tail())
+		p.out.ring.close()
 		close(p.gone)
 	}()
 	return nil

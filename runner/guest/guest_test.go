@@ -353,7 +353,7 @@ func TestParseBusy(t *testing.T) {
 // An agent that is older than a request says so, and the connection goes on.
 func TestUnknownRequest(t *testing.T) {
 	c := serve(t).dial(t)
-	if _, err := c.call(t.Context(), kind(77), nil, kindDone); !errors.Is(err, ErrUnsupported) {
+	if _, err := c.ask(t.Context(), kind(77), nil, kindDone); !errors.Is(err, ErrUnsupported) {
 		t.Errorf("an unknown request: %v, want ErrUnsupported", err)
 	}
 	if _, err := c.Hello(t.Context()); err != nil {

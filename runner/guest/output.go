@@ -31,18 +31,20 @@ func parseBusy(line string) (job string, ok bool) {
 }
 
 // output takes what a runner prints: it keeps the tail and reports the first job. It
-// holds maxTail + maxLine bytes at most, however much is printed. Not for concurrent
+// holds ringSize, 2 maxTail and maxLine bytes at most, however much is printed. Not for concurrent
 // use: os/exec writes from one goroutine when stdout and stderr are the same writer.
 type output struct {
 	busy func(job string) // called once
 	said bool
 	line []byte // the line being printed, cut at maxLine
 	last []byte // the end of all output, cut at twice maxTail and trimmed when read
+	ring ring   // more of it, for who follows it
 }
 
 // Write never fails: a runner is not stopped because its output is not understood.
 func (o *output) Write(p []byte) (int, error) {
 	o.keep(p)
+	o.ring.write(p)
 	for rest := p; !o.said && len(rest) > 0; {
 		piece, after, ended := bytes.Cut(rest, []byte{'\n'})
 		o.line = append(o.line, piece[:min(len(piece), maxLine-len(o.line))]...)

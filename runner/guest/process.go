@@ -24,20 +24,26 @@ type process struct {
 // process outlives ctx, which is the request's.
 func startProcess(ctx context.Context, r Run, busy func(job string)) (*process, error) {
 	out := &output{busy: busy}
-	cmd := exec.CommandContext(context.WithoutCancel(ctx), r.Argv[0], r.Argv[1:]...)
-	cmd.Dir = r.Dir
-	cmd.Env = os.Environ()
-	for key, value := range r.Env {
-		cmd.Env = append(cmd.Env, key+"="+value)
-	}
-	cmd.Stdin = bytes.NewReader(r.Input) // a pipe that os/exec writes and closes
-	cmd.Stdout, cmd.Stderr = out, out    // one pipe, so the two keep their order
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.WaitDelay = pipeGrace
+	cmd := newCommand(ctx, r.Argv, r.Env, r.Dir, r.Input)
+	cmd.Stdout, cmd.Stderr = out, out // one pipe, so the two keep their order
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
 	return &process{cmd: cmd, out: out, gone: make(chan struct{})}, nil
+}
+
+// newCommand is a program in a process group of its own, which outlives ctx.
+func newCommand(ctx context.Context, argv []string, env map[string]string, dir string, input []byte) *exec.Cmd {
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), argv[0], argv[1:]...)
+	cmd.Dir = dir
+	cmd.Env = os.Environ()
+	for key, value := range env {
+		cmd.Env = append(cmd.Env, key+"="+value)
+	}
+	cmd.Stdin = bytes.NewReader(input) // a pipe that os/exec writes and closes
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.WaitDelay = pipeGrace
+	return cmd
 }
 
 // wait reaps the process, kills what is left of its group, and returns its exit status,

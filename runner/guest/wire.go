@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"strings"
 	"time"
 )
@@ -22,27 +23,49 @@ const maxFrame = 1 << 20
 const headerSize = 1 + 4
 
 // kind is what a message is. The numbers are part of the protocol: never reuse one.
-// Requests are below 128, answers above; further verbs (put a file, shut down, bring
-// the network up) take the next free numbers.
+// Requests, and what else the host sends, are below 128, answers above; further verbs
+// take the next free numbers. An agent answers a request that it does not know with
+// codeUnsupported, so what is sent behind a request waits for a first answer to it.
 type kind uint8
 
 const (
-	kindHello  kind = 1 // asks for the agent's version and status
-	kindStart  kind = 2 // startBody
-	kindWatch  kind = 3 // status answers follow, until one that is exited
-	kindCancel kind = 4 // ends the request with the same id; has no answer
+	kindHello    kind = 1  // asks for the agent's version and status
+	kindStart    kind = 2  // startBody
+	kindWatch    kind = 3  // status answers follow, until one that is exited
+	kindCancel   kind = 4  // ends the request with the same id; has no answer
+	kindExec     kind = 5  // execBody; output answers follow, then kindExit
+	kindPut      kind = 6  // putBody; kindTaken when data may come, kindDone at the end
+	kindData     kind = 7  // the next piece of a put's file, as it is; answered by kindTaken
+	kindCredit   kind = 8  // one output answer of the request was consumed; has no answer
+	kindOutput   kind = 9  // the runner's output follows as kindStdout, then kindDone
+	kindNetwork  kind = 10 // brings the network up
+	kindWake     kind = 11 // wakeBody
+	kindShutdown kind = 12 // powers the guest off after the answer
+	kindConnect  kind = 13 // connectBody, first on its stream; after kindDone the stream is raw
 
-	kindHelloAnswer kind = 129 // Hello
-	kindDone        kind = 130 // the request succeeded; no body
-	kindStatus      kind = 131 // Status
-	kindError       kind = 132 // errorBody
+	kindHelloAnswer   kind = 129 // Hello
+	kindDone          kind = 130 // the request succeeded; no body
+	kindStatus        kind = 131 // Status
+	kindError         kind = 132 // errorBody
+	kindStdout        kind = 133 // output as it is, at most maxChunk
+	kindStderr        kind = 134 // the same of the other stream
+	kindExit          kind = 135 // exitBody
+	kindTaken         kind = 136 // a put's next data may come; no body
+	kindNetworkAnswer kind = 137 // Network
+)
+
+// Flow of what is streamed, either way: pieces of at most maxChunk bytes, and at most
+// window of them under way, so 512 KiB. A side that sends more is cut off.
+const (
+	maxChunk = 32 << 10
+	window   = 16
 )
 
 // frame is one message. The id is the request's, so that many requests share a stream.
 type frame struct {
 	kind kind
 	id   uint32
-	body []byte // JSON, may be empty
+	body []byte // JSON, may be empty; what is streamed is as it is
 }
 
 // startBody is Run as it travels: the only place where the input is ever encoded.
@@ -52,6 +75,37 @@ type startBody struct {
 	Env   map[string]string `json:"env,omitempty"`
 	Dir   string            `json:"dir,omitempty"`
 	Input []byte            `json:"input,omitempty"`
+}
+
+// execBody is Command as it travels.
+type execBody struct {
+	Argv  []string          `json:"argv"`
+	Env   map[string]string `json:"env,omitempty"`
+	Dir   string            `json:"dir,omitempty"`
+	Input []byte            `json:"input,omitempty"`
+}
+
+// exitBody is a command's end.
+type exitBody struct {
+	Code int `json:"code"`
+}
+
+// putBody is File as it travels.
+type putBody struct {
+	Path string      `json:"path"`
+	Mode fs.FileMode `json:"mode"`
+	Size int64       `json:"size"`
+}
+
+// wakeBody is Wake as it travels.
+type wakeBody struct {
+	Now     time.Time `json:"now"`
+	Entropy []byte    `json:"entropy,omitempty"`
+}
+
+// connectBody names a port of the guest's loopback.
+type connectBody struct {
+	Port int `json:"port"`
 }
 
 // errorBody is a failed request. Code is empty where the text is all there is to know.
@@ -109,6 +163,11 @@ func encodeFrame(k kind, id uint32, body any) ([]byte, error) {
 			return nil, fmt.Errorf("encoding a message: %w", err)
 		}
 	}
+	return encodeRaw(k, id, encoded)
+}
+
+// encodeRaw makes one message of a body as it is.
+func encodeRaw(k kind, id uint32, encoded []byte) ([]byte, error) {
 	size := headerSize + len(encoded)
 	if size > maxFrame {
 		return nil, fmt.Errorf("message of %d bytes: the guest protocol carries at most %d", size, maxFrame)
@@ -127,6 +186,15 @@ func (f frame) decode(v any) error {
 		return fmt.Errorf("%w: message of kind %d has a malformed body", errFrame, f.kind)
 	}
 	return nil
+}
+
+// asError is the error that the message of a failed request stands for.
+func (f frame) asError() error {
+	var e errorBody
+	if err := f.decode(&e); err != nil {
+		return err
+	}
+	return e.asError()
 }
 
 // asError is the error that an error answer stands for, as the caller sees it.
