@@ -11,9 +11,9 @@ import (
 )
 
 // large is a fleet as the targets name it: 24 pools with an image each, nodes of two
-// slots of which seven in ten are busy, each with four images ready; jobs of 500
-// repositories in eight job names, half of them with a known duration, some images
-// asked for far more often than others.
+// slots of which seven in ten are busy, each with four images ready, most of them with
+// measured boots and saved states; jobs of 500 repositories in eight job names, half of
+// them with a known duration, some images asked for far more often than others.
 func large(nodes, jobs int) Snapshot {
 	rnd := rand.New(rand.NewPCG(7, 7))
 	s := Snapshot{Now: time.Date(2026, 6, 1, 9, 0, 0, 0, time.UTC), Images: map[string]fleet.Image{}, Running: map[string]int{}}
@@ -31,7 +31,8 @@ func large(nodes, jobs int) Snapshot {
 		for range 4 {
 			image := s.Images[s.Pools[4+rnd.IntN(pools-4)].Image] // the four most wanted ones are nowhere
 			if _, has := n.Image(image.Digest); !has {
-				n.Images = append(n.Images, fleet.NodeImage{Digest: image.Digest, State: fleet.ImageReady, DiskBytes: image.DiskBytes})
+				n.Images = append(n.Images, fleet.NodeImage{Digest: image.Digest, State: fleet.ImageReady, DiskBytes: image.DiskBytes,
+					Start: fleet.ImageStart{Cold: time.Duration(rnd.IntN(20)) * time.Second, Saved: time.Second, States: rnd.IntN(3)}})
 			}
 		}
 		for range 2 {

@@ -9,8 +9,10 @@ import (
 // What is assumed where nothing was measured.
 const (
 	// DefaultBoot is clone and boot of a macOS guest on Apple Silicon until its agent
-	// answers: 6 s is usual. It is the same everywhere, so it moves no choice.
+	// answers: 6 s is usual.
 	DefaultBoot = 6 * time.Second
+	// DefaultResume is the same by a saved state, which is read and not booted: about 1 s.
+	DefaultResume = time.Second
 	// DefaultWaitCap: nobody is overtaken for longer than half an hour.
 	DefaultWaitCap = 30 * time.Minute
 	// DefaultPullRate in bytes per second: half of what 1 GbE carries, since registries

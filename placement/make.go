@@ -135,7 +135,8 @@ func (p *pass) patient(pool *pool) (candidate, bool) {
 			continue
 		}
 		c := candidate{node: ni, slot: i, wait: n.slots[i].avail}
-		c.cost = p.ready(&c)
+		c.boot, c.saved = p.start(n, pool.image)
+		c.cost = c.ready()
 		return c, true
 	}
 	return candidate{}, false
@@ -168,7 +169,7 @@ func (p *pass) settle(e *entry, pool *pool, o *outcome) {
 func (p *pass) bind(pool *pool, c *candidate, job fleet.JobID) {
 	n, image := &p.nodes[c.node], &p.images[pool.image]
 	p.plan.Bind = append(p.plan.Bind, Binding{Job: job, Pool: pool.Name, Node: n.in.ID, Image: image.Digest,
-		Ref: pool.Image, Cold: n.have[pool.image].demand, Ready: p.s.Now.Add(p.ready(c))})
+		Ref: pool.Image, Cold: n.have[pool.image].demand, Ready: p.s.Now.Add(c.ready())})
 }
 
 // reserve takes the choice's slot out of the pass, until the job would be done.
@@ -183,9 +184,10 @@ func (p *pass) reserve(pool *pool, c *candidate, duration time.Duration) {
 	if s.unknown {
 		duration = unknownEnd
 	}
-	s.avail = p.ready(c) + duration
+	s.avail = c.ready() + duration
 	s.open = s.open && c.image > heldForPull
 	n.used++
+	p.takeState(pool, c)
 	if s.unknown && c.now() {
 		p.mayBePatient(c.node)
 	}
@@ -235,8 +237,13 @@ func (p *pass) enqueue(pool *pool, ni int) {
 	}
 	r.queued = true
 	n.queue += r.left
-	for _, i := range p.images[pool.image].pools {
-		// The pull is no longer anybody's own: the one case in which a cost falls.
+	p.weighAgain(pool.image, ni) // the pull is no longer anybody's own
+}
+
+// weighAgain corrects a node's place in the heaps of an image's pools where its cost may
+// have fallen.
+func (p *pass) weighAgain(image, ni int) {
+	for _, i := range p.images[image].pools {
 		other := &p.pools[i]
 		if other.refusals == nil || other.heap.place[ni] < 0 {
 			continue

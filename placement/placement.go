@@ -12,7 +12,9 @@
 //  2. Jobs are put in order: those over the wait cap, then by priority, then the
 //     repository with the fewest running slots, then age.
 //  3. Each job in turn takes the node with the lowest cost:
-//     ready = max(slot, image) + boot; cost = ready + α · own pull + tie-breaks.
+//     ready = max(slot, image) + start; cost = ready + α · own pull + tie-breaks. A start
+//     is from a saved state where the node has one left, else a cold boot, each with the
+//     seconds that the node measured.
 //  4. A job that can start now (a free slot, the image ready) is bound. Every other one
 //     only reserves its choice for the rest of this pass, orders its image if that
 //     is missing, and is planned again at the next event (late binding).
@@ -47,7 +49,8 @@ type Snapshot struct {
 	Running map[string]int
 	// Durations predicts how long a job runs; nil, or false: not known.
 	Durations func(repository, name string) (time.Duration, bool)
-	// Boot is the time from a bind to a guest that answers; 0: DefaultBoot.
+	// Boot is the time from a bind to a guest that answers by a cold boot, where no node has
+	// measured one of the image; 0: DefaultBoot.
 	Boot time.Duration
 	// WaitCap is the age at which a job goes to the head of the line; 0: DefaultWaitCap.
 	WaitCap time.Duration
@@ -168,14 +171,16 @@ type Option struct {
 
 	Slot  time.Duration `json:"slot"`  // until a slot is free; 0: free now
 	Image time.Duration `json:"image"` // until the image is ready; 0: ready now
-	Boot  time.Duration `json:"boot"`  // clone and boot
+	Boot  time.Duration `json:"boot"`  // from both to a guest that answers, by Tier
 	Ready time.Duration `json:"ready"` // max(Slot, Image) + Boot
 	Cost  time.Duration `json:"cost"`  // what nodes are compared by
 
-	Pull        int64      `json:"pull,omitempty"`         // bytes on the wire until the image is here, without the queue ahead
-	NewPull     bool       `json:"new_pull,omitempty"`     // the pull is not under way or ordered yet
-	SlotUnknown bool       `json:"slot_unknown,omitempty"` // Slot is a guess: no history says when the VM there ends
-	Evacuate    fleet.VMID `json:"evacuate,omitempty"`     // the idle VM whose slot it would be
+	Tier        fleet.StartTier `json:"tier,omitempty"`         // how the VM would start
+	Start       string          `json:"start,omitempty"`        // why so, and where the seconds of Boot are from, in words
+	Pull        int64           `json:"pull,omitempty"`         // bytes on the wire until the image is here, without the queue ahead
+	NewPull     bool            `json:"new_pull,omitempty"`     // the pull is not under way or ordered yet
+	SlotUnknown bool            `json:"slot_unknown,omitempty"` // Slot is a guess: no history says when the VM there ends
+	Evacuate    fleet.VMID      `json:"evacuate,omitempty"`     // the idle VM whose slot it would be
 }
 
 // Now reports whether a VM can be placed there at once.

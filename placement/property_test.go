@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"reflect"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -41,6 +42,12 @@ func scramble(seed uint64) Snapshot {
 	}
 	for i := range rnd.IntN(7) {
 		s.Nodes = append(s.Nodes, scrambleNode(rnd, &s, i, images))
+	}
+	starts := rand.New(rand.NewPCG(seed, 3))
+	for i := range s.Nodes {
+		for k := range s.Nodes[i].Images {
+			s.Nodes[i].Images[k].Start = scrambleStart(starts)
+		}
 	}
 	for i := range rnd.IntN(14) {
 		s.Jobs = append(s.Jobs, fleet.Job{ID: fleet.JobID(i + 1), Repository: fmt.Sprintf("acme/r%d", rnd.IntN(3)), Public: rnd.IntN(5) == 0,
@@ -86,6 +93,17 @@ func scrambleNode(rnd *rand.Rand, s *Snapshot, i, images int) Node {
 		n.Slots = append(n.Slots, u)
 	}
 	return n
+}
+
+// scrambleStart is mostly nothing; now and then a start from a state is slower than a boot.
+func scrambleStart(rnd *rand.Rand) (start fleet.ImageStart) {
+	if rnd.IntN(2) == 0 {
+		start.Cold = time.Duration(rnd.IntN(40)) * time.Second
+	}
+	if rnd.IntN(2) == 0 {
+		start.States, start.Saved = rnd.IntN(3), time.Duration(rnd.IntN(6))*time.Second
+	}
+	return start
 }
 
 const scrambles = 4000
@@ -324,17 +342,20 @@ func TestExplainAgrees(t *testing.T) {
 }
 
 // No slot stays empty without a reason: where nothing is pulled for a job, a job within
-// its limits that could start on a free slot with its image ready does start.
+// its limits that could start on a free slot with its image ready does start, unless it
+// is to have an idle VM of its own pool or the slot it waits for has its guest answer
+// sooner: a start from a saved state is worth a few seconds.
 func TestNoSlotIsWasted(t *testing.T) {
-	tried := 0
+	tried, passed := 0, 0
 	for seed := range uint64(scrambles) {
 		s := scramble(seed)
 		p := Make(s)
 		if slices.ContainsFunc(p.Hold, func(h Hold) bool { return h.Demand }) {
 			continue
 		}
-		free := map[fleet.NodeID]int{}
+		free, penalty := map[fleet.NodeID]int{}, map[fleet.NodeID]time.Duration{}
 		for i := range s.Nodes {
+			penalty[s.Nodes[i].ID] = failureCost * time.Duration(s.Nodes[i].Failures)
 			free[s.Nodes[i].ID] = s.Nodes[i].Node.Slots - len(s.Nodes[i].Slots)
 		}
 		bound := map[fleet.JobID]bool{}
@@ -349,13 +370,18 @@ func TestNoSlotIsWasted(t *testing.T) {
 			}
 			for _, o := range x.Options {
 				tried++
-				if o.Refusal == "" && o.Image == 0 && free[o.Node] > 0 {
+				if o.Refusal != "" || o.Image > 0 || free[o.Node] == 0 {
+					continue
+				}
+				if x.Choice.Ready+penalty[x.Choice.Node] <= o.Ready+penalty[o.Node]+spreadWeight || strings.Contains(x.Wait, "of its own pool") {
+					passed++
+				} else {
 					t.Fatalf("seed %d: job %d waits %q, but %s has a free slot and the image", seed, job.ID, x.Wait, o.Node)
 				}
 			}
 		}
 	}
-	if tried < scrambles/10 {
-		t.Errorf("only %d options were looked at", tried)
+	if tried < scrambles/10 || passed > tried/20 {
+		t.Errorf("%d options were looked at, %d free slots passed over: too few to say much, or too many", tried, passed)
 	}
 }

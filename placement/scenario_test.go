@@ -85,7 +85,7 @@ type options map[string]string
 //	image NAME pull=20GB disk=50GB
 //	pool NAME image=I [scopes=acme,b/c labels=a,b min-idle= max= max-per-repo= priority= growth=10GB nodes=n1,tag:value public hosted]
 //	node NAME [slots=2 free=400GB rate=100MB has=I,J leased=I pulling=I:5GB queued=I:0GB failed=I hold=I prewarm=I
-//	          shared=I:3GB tags=k:v failures= failing=P cordoned unreachable]
+//	          shared=I:3GB boots=I:20s states=I:2 resumes=I:900ms tags=k:v failures= failing=P cordoned unreachable]
 //	vm NAME on=NODE pool=P [state=busy idle job=7 ends=4m]
 //	job ID [repo=acme/app name=build age=1m labels=a,b public]
 //	duration REPO name=build 5m      running REPO 3      wait-cap 20m      explain ID
@@ -223,6 +223,20 @@ func (c *cast) node(name string, o options) Node {
 		for _, s := range o.list(key) {
 			image, done, _ := strings.Cut(s, ":")
 			n.Images = append(n.Images, c.nodeImage(image, gigabytes(done), state, key))
+		}
+	}
+	for _, key := range []string{"boots", "states", "resumes"} {
+		for _, s := range o.list(key) {
+			image, figure, _ := strings.Cut(s, ":")
+			at := slices.IndexFunc(n.Images, func(on fleet.NodeImage) bool { return on.Ref == image })
+			switch start := &n.Images[at].Start; key {
+			case "boots":
+				start.Cold = o.duration(figure)
+			case "states":
+				start.States = number(figure)
+			case "resumes":
+				start.Saved = o.duration(figure)
+			}
 		}
 	}
 	slices.SortFunc(n.Images, func(a, b fleet.NodeImage) int { return strings.Compare(string(a.Digest), string(b.Digest)) })
@@ -366,6 +380,9 @@ func showExplanation(x Explanation) string {
 		}
 		if o.SlotUnknown {
 			notes = append(notes, "slot's end not known")
+		}
+		if o.Start != usualStart {
+			notes = append(notes, o.Start)
 		}
 		if o.Evacuate != "" {
 			notes = append(notes, "evacuates "+string(o.Evacuate))

@@ -45,6 +45,10 @@ type image struct {
 	pools  []int // that use it
 	copies int   // ready ones on reachable nodes
 	wanted bool  // a job of this pass needs it
+	// cold is what a cold boot takes where the node itself did not measure it: the mean of
+	// the nodes that did, of which measured is the number.
+	cold     time.Duration
+	measured int
 }
 
 // pool is a pool with its nodes in the order of their cost.
@@ -108,6 +112,9 @@ type residence struct {
 	left     int64         // bytes on the wire still to come
 	disk     int64         // bytes on the disk still to be filled
 	delay    time.Duration // until a failed pull is tried again
+	cold     time.Duration // a cold boot as the node measured it; 0: not
+	saved    time.Duration // a start from a saved state, where there are or were states
+	states   int32         // saved states that nobody uses yet
 	held     int32         // 1 + index into plan.Hold; 0: not in it
 	presence presence
 	ordered  bool // before this pass
@@ -115,6 +122,7 @@ type residence struct {
 	demand   bool // ordered for a job before this pass
 	needed   bool // a choice of this pass rests on it
 	gone     bool // let go by this pass
+	spent    bool // there are no states any more, once states is 0
 }
 
 // newPass indexes a snapshot. It costs nodes × (images there + slots) and pools; each
@@ -144,6 +152,7 @@ func newPass(s *Snapshot, watch fleet.JobID) *pass {
 			used, slots = used+len(n.Slots), slots+n.Node.Slots
 		}
 	}
+	p.averageStarts()
 	p.alpha = alpha(used, slots)
 	p.countVMs()
 	return p
@@ -239,6 +248,7 @@ func (p *pass) indexImage(n *node, on *fleet.NodeImage) {
 	switch on.State {
 	case fleet.ImageReady:
 		*r = residence{presence: ready, demand: r.demand}
+		p.indexStart(n, k, &on.Start)
 		if n.in.Reachable {
 			p.images[k].copies++
 		}

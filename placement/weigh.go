@@ -3,6 +3,8 @@ package placement
 import (
 	"strings"
 	"time"
+
+	"github.com/paddock-ci/paddock/fleet"
 )
 
 // candidate is a node weighed for a pool's next job: the inner form of an Option.
@@ -11,7 +13,9 @@ type candidate struct {
 	node, slot  int // indexes
 	wait, image time.Duration
 	cost        time.Duration
+	boot        time.Duration // clone and boot, or the start from a saved state
 	newPull     bool
+	saved       bool // it would start from a saved state
 }
 
 // now reports whether a VM can be placed at once.
@@ -24,13 +28,14 @@ func (c *candidate) early() bool { return c.wait > c.image+orderAhead }
 func (c *candidate) far() bool { return c.wait > planAhead && c.early() }
 
 // ready is the time until the guest answers.
-func (p *pass) ready(c *candidate) time.Duration { return max(c.wait, c.image) + p.boot }
+func (c *candidate) ready() time.Duration { return max(c.wait, c.image) + c.boot }
 
 // weigh is the formula: one node for a job of one pool, as things stand in this pass;
 // what refuses does not say is left to the caller.
 // Strict leaves out every reservation, for VMs that no job waits for. Within a pass the
-// cost of a node only grows, except that an ordered image loses the weight of its pull
-// (see enqueue), and strict only adds to it; the heaps rely on that.
+// cost of a node only grows, and strict only adds to it; the heaps rely on that. The two
+// exceptions call weighAgain: an ordered image loses the weight of its pull (enqueue), and
+// a boot may be faster than the last saved state was (takeState).
 func (p *pass) weigh(pool *pool, ni int, strict bool) candidate {
 	n := &p.nodes[ni]
 	c := candidate{node: ni}
@@ -54,7 +59,8 @@ func (p *pass) weigh(pool *pool, ni int, strict bool) candidate {
 	}
 	c.slot, c.wait = n.pick(c.image == 0, strict)
 	spread := spreadWeight * time.Duration(n.used) / time.Duration(len(n.slots))
-	c.cost = p.ready(&c) + time.Duration(p.alpha*float64(own)).Round(time.Millisecond) + n.tie + spread.Round(time.Millisecond)
+	c.boot, c.saved = p.start(n, pool.image)
+	c.cost = c.ready() + time.Duration(p.alpha*float64(own)).Round(time.Millisecond) + n.tie + spread.Round(time.Millisecond)
 	return c
 }
 
@@ -182,8 +188,11 @@ func (p *pass) option(pool *pool, c *candidate) Option {
 	if c.refusal != "" {
 		return Option{Node: n.in.ID, Refusal: c.refusal}
 	}
-	o := Option{Node: n.in.ID, Slot: c.wait, Image: c.image, Boot: p.boot, Ready: p.ready(c), Cost: c.cost,
-		NewPull: c.newPull, SlotUnknown: n.slots[c.slot].unknown}
+	o := Option{Node: n.in.ID, Slot: c.wait, Image: c.image, Boot: c.boot, Ready: c.ready(), Cost: c.cost,
+		Tier: fleet.TierCold, Start: p.startWords(pool, c), NewPull: c.newPull, SlotUnknown: n.slots[c.slot].unknown}
+	if c.saved {
+		o.Tier = fleet.TierSaved
+	}
 	if c.image > 0 {
 		o.Pull = n.have[pool.image].left
 	}
