@@ -30,6 +30,8 @@ const (
 	// minOverrun and more: a VM over its predicted end is taken to need as long again as
 	// it is over, since durations have a heavy tail, and at least this.
 	minOverrun = 15 * time.Second
+	// maxStart is more than any boot takes that ends well.
+	maxStart = time.Hour
 	// teardown is the time from the order to destroy an idle VM to its free slot.
 	teardown = 5 * time.Second
 	// minPull: an image that is not ready takes at least a second to become so; it keeps

@@ -15,13 +15,13 @@ import (
 // indexStart notes what the node measured of an image that is ready there.
 func (p *pass) indexStart(n *node, k int, start *fleet.ImageStart) {
 	r, i := &n.have[k], &p.images[k]
-	if r.cold = max(0, start.Cold); r.cold > 0 && n.in.Reachable {
+	if r.cold = plausible(start.Cold); r.cold > 0 && n.in.Reachable {
 		i.cold, i.measured = i.cold+r.cold, i.measured+1
 	}
 	if start.States <= 0 {
 		return
 	}
-	r.saved = cmp.Or(max(0, start.Saved), min(DefaultResume, cmp.Or(r.cold, p.boot)))
+	r.saved = cmp.Or(plausible(start.Saved), min(DefaultResume, cmp.Or(r.cold, p.boot)))
 	r.states, r.spent = int32(start.States), true
 	for s := range n.in.Slots {
 		// A VM that the node has not begun yet takes one that it still counts.
@@ -30,6 +30,9 @@ func (p *pass) indexStart(n *node, k int, start *fleet.ImageStart) {
 		}
 	}
 }
+
+// plausible bounds what a node says of its starts: sums of it must not overflow.
+func plausible(d time.Duration) time.Duration { return min(max(0, d), maxStart) }
 
 // averageStarts makes the sums of indexStart into means.
 func (p *pass) averageStarts() {

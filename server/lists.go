@@ -64,6 +64,7 @@ func (s *Server) listVMs(ctx context.Context, _ call, _ struct{}) ([]api.VMRow, 
 		row := api.VMRow{
 			ID: vm.ID, Node: vm.Node, Pool: vm.Pool, State: vm.State, Since: runner.EnteredAt(*vm),
 			Image: vm.Image, Cold: vm.Cold, Job: vm.Job, Reason: vm.Reason,
+			Tier: vm.Tier, Address: vm.Address,
 			Ending:   !vm.State.Final() && (vm.Destroy || vm.Retire != fleet.RetireNone),
 			PlacedAt: vm.PlacedAt, BootingAt: vm.BootingAt, WarmAt: vm.WarmAt,
 			RegisteredAt: vm.RegisteredAt, BusyAt: vm.BusyAt, DoneAt: vm.DoneAt,

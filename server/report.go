@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"reflect"
 	"regexp"
 	"slices"
@@ -73,6 +74,9 @@ func checkSync(r *api.SyncRequest) error {
 		if long(maxText, image.Ref) || long(maxWord, string(image.State), image.Class) {
 			return bad("an overlong image reference or state")
 		}
+		if s := image.Start; s.Cold < 0 || s.Saved < 0 || s.States < 0 {
+			return bad("impossible starts of an image")
+		}
 		image.Error = image.Error[:min(len(image.Error), maxText)]
 	}
 	seen := map[fleet.VMID]bool{}
@@ -106,6 +110,7 @@ type report struct {
 	ours  func(fleet.Scope) bool             // some pool registers runners there
 
 	room  int // records that may be made by this node's word
+	told  int // VMs written for nothing but what is shown of them
 	txn   store.Txn
 	moves []move
 }
@@ -142,7 +147,7 @@ func (r *report) apply(q *api.SyncRequest, cordoned bool) error {
 		}
 	}
 	changed := r.self(q, cordoned)
-	r.txn.Quiet = !changed && len(r.txn.VMs) == 0 && len(r.txn.Events) == 0
+	r.txn.Quiet = !changed && len(r.txn.VMs) == r.told && len(r.txn.Events) == 0
 	return nil
 }
 
@@ -176,6 +181,7 @@ func steady(n fleet.Node) fleet.Node {
 	for i := range images {
 		images[i].Done, images[i].DiskBytes, images[i].UsedAt = 0, 0, time.Time{}
 		images[i].RetryAt = images[i].RetryAt.UTC()
+		images[i].Start = fleet.ImageStart{} // weighed when something else is decided
 	}
 	n.Images = images
 	if len(n.Images) == 0 {
@@ -309,10 +315,29 @@ func (r *report) advance(vm fleet.VM, v *api.VMReport, changed bool) error {
 		}
 		r.event("vm."+string(m.To), &next, text)
 	}
-	if changed || len(moves) > 0 {
+	loud := changed || len(moves) > 0
+	if told := describe(&next, v); loud || told {
 		r.txn.VMs = append(r.txn.VMs, next)
+		if !loud {
+			r.told++
+		}
 	}
 	return nil
+}
+
+// describe takes down what is shown of a VM and decides nothing: how its machine started
+// and the guest's address, as far as they are what they should be. It reports whether
+// there was news.
+func describe(vm *fleet.VM, v *api.VMReport) bool {
+	was := *vm
+	if vm.Tier = v.Tier; vm.Tier != fleet.TierSaved && vm.Tier != fleet.TierCold {
+		vm.Tier = ""
+	}
+	vm.Address = ""
+	if addr, err := netip.ParseAddr(v.Address); err == nil && addr.Zone() == "" {
+		vm.Address = addr.String()
+	}
+	return vm.Tier != was.Tier || vm.Address != was.Address
 }
 
 // cut bounds a text from outside.

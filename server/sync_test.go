@@ -12,6 +12,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/paddock-ci/paddock/access"
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/store"
@@ -293,6 +294,8 @@ func TestHeartbeatsAreQuiet(t *testing.T) {
 	}{
 		"a heartbeat":     {func(*api.SyncRequest) {}, 20 * time.Second, true},
 		"bytes moved":     {func(r *api.SyncRequest) { r.Node.Images[0].Done, r.Node.PullRate = 5, 100 }, time.Second, true},
+		"a boot measured": {func(r *api.SyncRequest) { r.Node.Images[0].Start = fleet.ImageStart{Cold: 7 * time.Second, States: 1} }, time.Second, true},
+		"an address":      {func(r *api.SyncRequest) { r.VMs[0].Address, r.VMs[0].Tier = "192.168.64.5", fleet.TierSaved }, time.Second, true},
 		"an image more":   {func(r *api.SyncRequest) { r.Node.Images[0].State = fleet.ImageReady }, time.Second, false},
 		"a VM moved":      {func(r *api.SyncRequest) { r.VMs[0].State = fleet.VMBusy }, time.Second, false},
 		"a VM is missing": {func(r *api.SyncRequest) { r.VMs = nil }, time.Second, false},
@@ -310,9 +313,46 @@ func TestHeartbeatsAreQuiet(t *testing.T) {
 		if r.txn.Quiet != c.quiet {
 			t.Errorf("%s: quiet %t", name, r.txn.Quiet)
 		}
+		if name == "an address" && (len(r.txn.VMs) != 1 || r.txn.VMs[0].Address != "192.168.64.5") {
+			t.Errorf("%s is not written: %+v", name, r.txn.VMs)
+		}
 		if len(r.txn.Nodes) != 1 || !r.txn.Nodes[0].SeenAt.Equal(r.now) {
 			t.Errorf("%s: the node's record says %+v", name, r.txn.Nodes)
 		}
+	}
+}
+
+// What a node tells of a VM's start and address is shown as far as it is what it should
+// be: it comes from where guests are.
+func TestTierAndAddress(t *testing.T) {
+	h := newHouse(t)
+	m := h.mac("mac1")
+	h.place("vmaaaaaa", "mac1")
+	for _, c := range []struct {
+		tier          fleet.StartTier
+		address, want string
+	}{
+		{"", "", ""},
+		{fleet.TierCold, "192.168.64.5", "192.168.64.5"},
+		{fleet.TierCold, "192.168.64.6", "192.168.64.6"},
+		{fleet.TierSaved, "fd00::0005", "fd00::5"},
+		{fleet.TierSaved, "fe80::1%en0", ""},
+		{fleet.TierSaved, "192.168.64.5:22", ""},
+		{"\x1b[2J", "\x1b[2J", ""},
+		{fleet.TierSaved, strings.Repeat("1", 1<<20), ""},
+		{fleet.TierSaved, "10.0.2.15", "10.0.2.15"},
+	} {
+		v := m.is("vmaaaaaa", fleet.VMWarm)
+		v.Tier, v.Address = c.tier, c.address
+		m.say(v)
+		vm := h.vm("vmaaaaaa")
+		if vm.Address != c.want || (vm.Tier != c.tier) != (c.tier == "\x1b[2J") {
+			t.Errorf("told %q at %.40q, the record says %q at %q", c.tier, c.address, vm.Tier, vm.Address)
+		}
+	}
+	rows, err := h.client(access.Viewer, "vera").VMs(t.Context())
+	if err != nil || len(rows) != 1 || rows[0].Tier != fleet.TierSaved || rows[0].Address != "10.0.2.15" {
+		t.Errorf("listed %+v (%v)", rows, err)
 	}
 }
 

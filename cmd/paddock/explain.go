@@ -18,7 +18,8 @@ func explainCommand(g *globals) *cobra.Command {
 		Use: "explain ID", Short: "Say why a job waits, or what serves it", Args: cobra.ExactArgs(1),
 		Long: `Say why a job waits, or what serves it. The answer comes from the same functions that place
 jobs; the table shows what each node would mean for this one: the time until a slot is free,
-until the image is there, for the boot, and all of it, or why the node is refused.`,
+until the image is there, until the VM has started (tier saved: from a saved state; cold: by
+a boot) and all of it, or why the node is refused. -o wide says where the seconds are from.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			id, err := strconv.ParseInt(args[0], 10, 64)
 			if err != nil || id <= 0 {
@@ -76,10 +77,12 @@ var optionColumns = []column[placement.Option]{
 	{"SLOT", false, figure(func(o placement.Option) time.Duration { return o.Slot })},
 	{"IMAGE", false, figure(func(o placement.Option) time.Duration { return o.Image })},
 	{"BOOT", false, figure(func(o placement.Option) time.Duration { return o.Boot })},
+	{"TIER", false, func(o placement.Option) string { return string(o.Tier) }},
 	{"READY-IN", false, figure(func(o placement.Option) time.Duration { return o.Ready })},
 	{"PULL", false, func(o placement.Option) string { return size(o.Pull) }},
 	{"REFUSED", false, func(o placement.Option) string { return string(o.Refusal) }},
 	{"COST", true, figure(func(o placement.Option) time.Duration { return o.Cost })},
+	{"STARTS-BY", true, func(o placement.Option) string { return o.Start }},
 }
 
 // figure shows a time of an option that is one.

@@ -94,6 +94,8 @@ var vmColumns = []column[api.VMRow]{
 	{"SINCE", false, func(v api.VMRow) string { return ago(v.Since) }},
 	{"START", false, func(v api.VMRow) string { return startWord(v.Cold) }},
 	{"JOB", false, func(v api.VMRow) string { return v.JobName }},
+	{"TIER", true, func(v api.VMRow) string { return string(v.Tier) }},
+	{"ADDRESS", true, func(v api.VMRow) string { return v.Address }},
 	{"IMAGE-ID", true, func(v api.VMRow) string { return v.Image.Short() }},
 	{"RUNNER", true, func(v api.VMRow) string { return v.Runner }},
 	{"REASON", true, func(v api.VMRow) string { return v.Reason }},
