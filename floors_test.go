@@ -56,7 +56,9 @@ const pureFloor = 1
 
 // impure are the packages on pure floors that may do I/O nevertheless.
 var impure = map[string]string{
-	"runner/guest": "it is the conversation with what runs inside a VM: streams, deadlines, files of the share",
+	"runner/guest":      "it is the conversation with what runs inside a VM: streams, deadlines, files of the share",
+	"runner/guest/ssh":  "the same conversation over SSH, with the file of pinned host keys",
+	"runner/guest/self": "the same conversation by files of a share, which are looked at by time",
 }
 
 // outsideWorld are the imports by which a package reaches beyond its arguments; what is
