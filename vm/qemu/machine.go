@@ -1,0 +1,283 @@
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/paddock-ci/paddock/runner/guest"
+	"github.com/paddock-ci/paddock/vm"
+)
+
+// How long QEMU may take for what takes it milliseconds, before it is killed or given up.
+const (
+	quitLimit    = 300 * time.Millisecond
+	commandLimit = 10 * time.Second
+)
+
+// machine is one QEMU.
+type machine struct {
+	plan    *plan
+	clone   func(ctx context.Context, src, dst string) error
+	log     *slog.Logger
+	owner   *owner
+	monitor *monitor
+	port    *port
+	line    *guest.Line
+	printed chan error    // the end of the console
+	opened  chan struct{} // closed when the guest has opened its port
+
+	saving   chan struct{} // holds one token: one save at a time
+	forwards sync.Mutex    // one change of forwarded ports at a time
+	address  atomic.Bool   // the guest was seen at its address
+
+	ending  chan struct{} // closed when Destroy was called
+	destroy func()        // closes it, once
+	done    chan struct{} // closed when nothing is left
+	exit    vm.Exit       // set before done is closed
+	reason  atomic.Value  // of QEMU's end, in QEMU's word: a string
+}
+
+// launch starts QEMU; the caller calls live.
+func launch(ctx context.Context, p *plan, clone func(ctx context.Context, src, dst string) error, log *slog.Logger) (_ *machine, err error) {
+	var undo []func()
+	defer func() {
+		for _, f := range undo {
+			if err != nil {
+				f()
+			}
+		}
+	}()
+	var ours [3]*net.UnixConn
+	var theirs [3]*os.File
+	for i, what := range []string{"QEMU's monitor", "the console", "the guest's port"} {
+		if ours[i], theirs[i], err = pair(what); err != nil {
+			return nil, err
+		}
+		undo = append(undo, func() { _ = ours[i].Close() })
+		defer func() { _ = theirs[i].Close() }() // the child has its own
+	}
+	screen, err := openConsole(p.spec.Dir)
+	if err != nil {
+		return nil, err
+	}
+	undo = append(undo, func() { _ = screen.file.Close() })
+	args, err := p.args(3, 4, 5) // where ExtraFiles begin
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), p.program.path, args...)
+	cmd.Dir = p.spec.Dir
+	cmd.Env = append(vm.ChildEnv(), markEnv+"="+p.spec.Dir)
+	cmd.ExtraFiles = theirs[:]
+	m := &machine{
+		plan: p, clone: clone, log: log,
+		printed: make(chan error, 1), opened: make(chan struct{}), saving: make(chan struct{}, 1),
+		ending: make(chan struct{}), done: make(chan struct{}),
+	}
+	if m.owner, err = own(cmd); err != nil {
+		return nil, err
+	}
+	m.saving <- struct{}{}
+	m.destroy = sync.OnceFunc(func() { close(m.ending) })
+	open := sync.OnceFunc(func() { close(m.opened) })
+	m.monitor = newMonitor(ours[0], func(e message) { m.happened(e, open) })
+	go func() { m.printed <- screen.copy(ours[1]) }()
+	m.port = newPort(m.monitor, ours[2])
+	m.line = guest.NewLine(m.port.open)
+	return m, nil
+}
+
+// happened takes note of an event.
+func (m *machine) happened(e message, open func()) {
+	switch d := e.data(); e.Event {
+	case "VSERPORT_CHANGE":
+		if d.ID == portID && d.Open {
+			open()
+		}
+	case "SHUTDOWN":
+		m.reason.Store(d.Reason)
+	}
+}
+
+// live waits for QEMU's end or for Destroy, which it then brings about, and for the end
+// of everything around it. ctx is never cancelled; the killing is bounded.
+func (m *machine) live(ctx context.Context) {
+	select {
+	case <-m.owner.exited:
+		<-m.monitor.done // QEMU's last word may be why
+		m.exit.Reason = m.why()
+	case <-m.ending:
+		m.exit.Reason = "destroyed"
+		m.quit(ctx)
+	}
+	m.exit.At = time.Now().UTC()
+	m.monitor.close()
+	m.port.end()
+	_ = m.line.Close()
+	if err := <-m.printed; err != nil {
+		m.log.Warn("part of the console is lost", "vm", m.plan.spec.ID, "error", err)
+	}
+}
+
+// quit ends QEMU, by its own hand if it is quick. A machine that stands still is asked
+// in vain.
+func (m *machine) quit(ctx context.Context) {
+	limited, cancel := context.WithTimeout(ctx, quitLimit)
+	defer cancel()
+	_ = m.monitor.run(limited, "quit", nil)
+	select {
+	case <-m.owner.exited:
+		return
+	case <-limited.Done():
+	}
+	_ = m.owner.cmd.Process.Kill()
+	<-m.owner.exited
+}
+
+// why says in words how QEMU ended.
+func (m *machine) why() string {
+	switch reason, _ := m.reason.Load().(string); reason {
+	case "guest-shutdown":
+		return "the guest powered off"
+	case "guest-reset", "guest-panic":
+		return "the guest restarted or panicked, which ends the machine"
+	}
+	why := "QEMU ended: " + m.owner.cmd.ProcessState.String()
+	if said := strings.TrimSpace(m.owner.said.String()); said != "" {
+		why += ": " + said
+	}
+	return why
+}
+
+// up waits until the machine runs and, if there is one, the guest's agent has opened its
+// port.
+func (m *machine) up(ctx context.Context) error {
+	if err := m.monitor.hello(ctx); err != nil {
+		return m.ended(ctx, err)
+	}
+	if m.plan.state != nil {
+		if err := m.restore(ctx); err != nil {
+			return err
+		}
+	}
+	if !m.plan.spec.Agent {
+		return nil
+	}
+	select {
+	case <-m.opened:
+		return nil
+	case <-m.owner.exited:
+		return m.ended(ctx, errMonitorGone)
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for the guest's agent to open the port %s: %w", portName, ctx.Err())
+	}
+}
+
+// ended is err, or why QEMU ended if it did, which it may do a moment later.
+func (m *machine) ended(ctx context.Context, err error) error {
+	if !errors.Is(err, errMonitorGone) {
+		return err
+	}
+	select {
+	case <-m.done:
+		return errors.New(m.exit.Reason)
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// failed destroys a machine whose boot failed with cause, and says how.
+func (m *machine) failed(ctx context.Context, cause error) error {
+	cancelled := ctx.Err() != nil && errors.Is(cause, ctx.Err())
+	// The kill is bounded by itself, so the cleaning goes on when ctx has ended.
+	clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), commandLimit)
+	defer cancel()
+	leftover := m.Destroy(clean)
+	id := m.plan.spec.ID
+	switch console := vm.ConsoleTail(m.plan.spec.Dir); {
+	case leftover != nil || errors.Is(cause, context.Canceled) || errors.Is(cause, vm.ErrState):
+		return fmt.Errorf("booting %s: %w", id, errors.Join(cause, leftover))
+	case cancelled && m.plan.kernel == "":
+		return &vm.BootError{Console: console, Err: fmt.Errorf("%w (is there a boot loader on its disk?)", cause)}
+	default:
+		return &vm.BootError{Console: console, Err: cause}
+	}
+}
+
+// Dial opens a stream to the guest's agent.
+func (m *machine) Dial(ctx context.Context) (net.Conn, error) {
+	if m.over() {
+		return nil, vm.ErrEnded
+	}
+	ctx, cancel := m.whileAlive(ctx)
+	defer cancel()
+	conn, err := m.line.Dial(ctx)
+	switch {
+	case err == nil:
+		return conn, nil
+	case m.over():
+		return nil, vm.ErrEnded
+	}
+	return nil, fmt.Errorf("dialling the guest: %w", err)
+}
+
+// over tells whether the machine has ended or is about to.
+func (m *machine) over() bool {
+	select {
+	case <-m.ending:
+		return true
+	case <-m.owner.exited:
+		return true
+	default:
+		return false
+	}
+}
+
+// whileAlive is ctx until the machine ends.
+func (m *machine) whileAlive(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		select {
+		case <-m.ending:
+		case <-m.owner.exited:
+		case <-ctx.Done():
+		}
+		cancel()
+	}()
+	return ctx, func() {
+		cancel()
+		<-watched
+	}
+}
+
+// Wait returns when nothing of the machine is left.
+func (m *machine) Wait(ctx context.Context) (vm.Exit, error) {
+	select {
+	case <-m.done:
+		return m.exit, nil
+	case <-ctx.Done():
+		return vm.Exit{}, ctx.Err()
+	}
+}
+
+// Destroy ends QEMU; if ctx ends first, the ending goes on.
+func (m *machine) Destroy(ctx context.Context) error {
+	m.destroy()
+	select {
+	case <-m.done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("destroying the machine: %w", ctx.Err())
+	}
+}
