@@ -71,6 +71,7 @@ type Server struct {
 	metrics  metrics
 	ledger   *ledgerCache
 	waiters  waiters
+	times    sessionTimes
 	engine   *gin.Engine
 	bodyTime time.Duration // see bodyTime; tests have less of it
 
@@ -106,7 +107,7 @@ func New(c Config) (*Server, error) {
 		c.Now = time.Now
 	}
 	s := &Server{c: c, log: c.Log, verifier: verifier, metrics: newMetrics(c.Metrics), drain: make(chan struct{}),
-		ledger: newLedgerCache(c.Store.ReadLedger), bodyTime: bodyTime, waiters: waiters{by: map[string]*waiter{}}}
+		ledger: newLedgerCache(c.Store.ReadLedger), bodyTime: bodyTime, waiters: waiters{by: map[string]*waiter{}}, times: usualTimes}
 	s.engine = s.routes()
 	return s, nil
 }

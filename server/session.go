@@ -25,13 +25,22 @@ import (
 // answer goes through the store and the node's sync, wherever that is parked; the answer
 // has to come to this replica, so the node tries until a balancer sends it here.
 
-const (
-	// answerTime is how long a node has to answer: a sync that is woken and a guest that
-	// is dialled take one second, and a person waits.
-	answerTime = 20 * time.Second
-	// pendingLife outlives answerTime, for who looks at the last moment.
-	pendingLife = answerTime + 5*time.Second
-)
+// sessionTimes are the patience of sessions; tests have less of it.
+type sessionTimes struct {
+	answer time.Duration // a node has to answer
+	look   time.Duration // between two looks at an open session
+	quiet  time.Duration // one without a byte lasts so long once one side has ended
+	grace  time.Duration // open ones have to end by themselves when the server drains
+}
+
+// usualTimes: a sync that is woken and a guest that is dialled take one second, and a
+// person waits. A side that has ended may be gone or may wait for the other's answer,
+// which cannot be told apart. With a moment's grace a person sees the last words.
+var usualTimes = sessionTimes{answer: 20 * time.Second, look: 2 * time.Second, quiet: 5 * time.Minute, grace: time.Second}
+
+// pendingSlack is how long an order outlives its caller's patience, for who looks at it
+// at the last moment.
+const pendingSlack = 5 * time.Second
 
 // pendingLimits bound what waits: each costs its node a try and a connection here.
 var pendingLimits = store.PendingLimits{Node: 32, Actor: 16}
@@ -207,7 +216,7 @@ func sessionNode(view *store.View, p *store.Pending, now time.Time) (fleet.NodeI
 func (s *Server) meet(ctx context.Context, p store.Pending, parked *time.Duration) (*stream, error) {
 	w := s.waiters.add(p.ID, p.Node)
 	defer s.waiters.leave(p.ID, w)
-	err := s.c.Store.Pend(ctx, p, pendingLife, pendingLimits)
+	err := s.c.Store.Pend(ctx, p, s.times.answer+pendingSlack, pendingLimits)
 	if errors.Is(err, store.ErrFull) {
 		return nil, refusal(http.StatusTooManyRequests, "too many sessions wait for their nodes to answer",
 			fmt.Sprintf("at most %d of one node and %d of one caller may; try again in a few seconds", pendingLimits.Node, pendingLimits.Actor))
@@ -216,7 +225,7 @@ func (s *Server) meet(ctx context.Context, p store.Pending, parked *time.Duratio
 		return nil, err
 	}
 	defer func() {
-		forgetting, cancel := context.WithTimeout(context.WithoutCancel(ctx), answerTime)
+		forgetting, cancel := context.WithTimeout(context.WithoutCancel(ctx), pendingSlack)
 		defer cancel()
 		if _, err := s.c.Store.Unpend(forgetting, p.ID); err != nil {
 			s.log.Warn("a session's order is left to its deadline", "vm", p.VM, "node", p.Node, "error", err)
@@ -224,7 +233,7 @@ func (s *Server) meet(ctx context.Context, p store.Pending, parked *time.Duratio
 	}()
 	began := time.Now()
 	defer func() { *parked = time.Since(began) }()
-	timer := time.NewTimer(answerTime)
+	timer := time.NewTimer(s.times.answer)
 	defer timer.Stop()
 	select {
 	case a := <-w.answer:
@@ -234,7 +243,7 @@ func (s *Server) meet(ctx context.Context, p store.Pending, parked *time.Duratio
 		}
 		return a.conn, nil
 	case <-timer.C:
-		return nil, refusal(http.StatusGatewayTimeout, fmt.Sprintf("node %s did not answer within %v", p.Node, answerTime),
+		return nil, refusal(http.StatusGatewayTimeout, fmt.Sprintf("node %s did not answer within %v", p.Node, s.times.answer),
 			"the guest may not listen yet; if this stays so, see the log of the node's agent")
 	case <-s.drain:
 		return nil, refusal(http.StatusServiceUnavailable, "this controller is stopping", "try again")

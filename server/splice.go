@@ -21,15 +21,6 @@ import (
 const (
 	// handoverTime bounds the answer by which a call becomes a stream.
 	handoverTime = 5 * time.Second
-	// lookEvery is how often an open session is looked after.
-	lookEvery = 2 * time.Second
-	// quietLooks is how many looks in a row without a byte end a session of which one
-	// side has said that it sends nothing more: 5 min. A program that is gone cannot be
-	// told from one that only waits for an answer.
-	quietLooks = int(5 * time.Minute / lookEvery)
-	// drainGrace is what open sessions have to end by themselves when the server drains:
-	// a person sees the last words of what runs.
-	drainGrace = time.Second
 	// spliceBuffer is what one direction of a session holds, in bytes.
 	spliceBuffer = 32 << 10
 )
@@ -96,14 +87,15 @@ func (s *Server) splice(ctx context.Context, near, far *stream, p store.Pending)
 	go func() { ends <- pour(far, near, &moved) }()
 	go func() { ends <- pour(near, far, &moved) }()
 	cut := func() { _, _ = near.Close(), far.Close() }
-	look := time.NewTicker(lookEvery)
+	look := time.NewTicker(s.times.look)
 	defer look.Stop()
 	var (
-		left, quiet = 2, 0
-		last        int64
-		why         = "it ended"
-		drain       = s.drain
-		grace       <-chan time.Time
+		left  = 2
+		quiet time.Duration // since one side ended, without a byte
+		last  int64
+		why   = "it ended"
+		drain = s.drain
+		grace <-chan time.Time
 	)
 	for left > 0 {
 		select {
@@ -115,11 +107,11 @@ func (s *Server) splice(ctx context.Context, near, far *stream, p store.Pending)
 			}
 		case <-look.C:
 			now := moved.Load()
-			if quiet++; left == 2 || now != last {
+			if quiet += s.times.look; left == 2 || now != last {
 				quiet = 0
 			}
 			last = now
-			if quiet >= quietLooks {
+			if quiet >= s.times.quiet {
 				why = "one side had ended and the other was silent"
 				cut()
 			}
@@ -129,7 +121,7 @@ func (s *Server) splice(ctx context.Context, near, far *stream, p store.Pending)
 			}
 		case <-drain:
 			drain = nil
-			timer := time.NewTimer(drainGrace)
+			timer := time.NewTimer(s.times.grace)
 			defer timer.Stop()
 			grace = timer.C
 		case <-grace:
