@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"time"
 
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
@@ -14,6 +15,8 @@ func (a *Agent) apply(ctx, lives context.Context, r api.SyncReply) {
 	a.forget(r.Applied)
 	a.mu.Lock()
 	a.will = r
+	close(a.applied)
+	a.applied = make(chan struct{})
 	a.mu.Unlock()
 
 	a.pulls.want(r.Hold)
@@ -41,9 +44,18 @@ func (a *Agent) forget(applied int64) {
 			continue // and is told again
 		}
 		delete(a.vms, id)
-		a.past[id] = struct{}{}
+		a.past[id] = a.c.Now()
+	}
+	for id, since := range a.past {
+		if a.c.Now().Sub(since) > pastTime {
+			delete(a.past, id)
+		}
 	}
 }
+
+// pastTime is how long a VM that was acknowledged as done is remembered: no order that
+// was written before can come later than that.
+const pastTime = time.Hour
 
 // run begins the lives of ordered VMs as far as there are slots. Orders beyond wait in
 // the will of the last reply for a slot. A VM that the same reply destroys is begun as
@@ -159,6 +171,7 @@ func (a *Agent) evict(ctx context.Context, r api.SyncReply) {
 			delete(a.evicting, d)
 			a.mu.Unlock()
 			if err == nil {
+				a.states.prune(a.c.Images.List())
 				a.tell()
 			}
 		})
@@ -173,6 +186,8 @@ type ending struct {
 	Reason string `json:"reason"`
 	// Failed: this node could not boot or serve it.
 	Failed bool `json:"failed,omitempty"`
+	// late: its guest did not answer in time. crashed: its machine ended by itself.
+	late, crashed bool
 }
 
 func (e *ending) Error() string { return e.Reason }

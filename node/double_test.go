@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/paddock-ci/paddock/api"
+	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/runner/guest"
 	"github.com/paddock-ci/paddock/vm"
@@ -35,6 +36,7 @@ type office struct {
 	destroy  map[fleet.VMID]string
 	hold     []fleet.Hold
 	evict    []fleet.Digest
+	logins   []api.PoolLogin
 
 	reports  map[fleet.VMID]api.VMReport // the latest of each
 	gone     map[fleet.VMID]bool         // no longer reported after it was done
@@ -135,7 +137,7 @@ func (o *office) take(r api.SyncRequest) {
 
 // reply is the whole will.
 func (o *office) reply(r api.SyncRequest) api.SyncReply {
-	reply := api.SyncReply{Revision: fmt.Sprint(o.revision), Applied: r.Sequence, Hold: o.hold, Evict: o.evict}
+	reply := api.SyncReply{Revision: fmt.Sprint(o.revision), Applied: r.Sequence, Hold: o.hold, Evict: o.evict, Logins: o.logins}
 	if o.deaf {
 		reply.Applied = 0
 	}
@@ -216,6 +218,8 @@ type yard struct {
 	silent   bool // machines whose guest never answers
 	stubborn int  // so many calls of Destroy fail
 	hang     bool // Boot does not return before its context ends
+	yardStates
+	yardPorts
 }
 
 func newYard() *yard {
@@ -230,6 +234,10 @@ type machine struct {
 	off    <-chan struct{} // closed when the power goes
 	ended  chan struct{}
 	reason string
+	spec   vm.Spec
+	memory memory
+	asleep bool       // started from a state and not woken yet
+	conns  []net.Conn // the host's ends of streams
 }
 
 // Boot runs a guest agent in a goroutine that belongs to the machine, not to ctx.
@@ -251,18 +259,26 @@ func (y *yard) Boot(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 	if y.machines[spec.ID] != nil {
 		return nil, fmt.Errorf("machine %s booted twice", spec.ID)
 	}
+	mem, err := y.restore(spec)
+	if err != nil {
+		return nil, err
+	}
 	y.boots[spec.ID]++
 	on, off := context.WithCancel(context.WithoutCancel(ctx))
-	m := &machine{yard: y, id: spec.ID, dials: make(chan net.Conn), power: off, off: on.Done(), ended: make(chan struct{})}
+	m := &machine{yard: y, id: spec.ID, dials: make(chan net.Conn), power: off, off: on.Done(), ended: make(chan struct{}), spec: spec, memory: mem, asleep: spec.State != ""}
 	y.machines[spec.ID] = m
-	silent := y.silent
+	silent := y.silent || !spec.Agent || spec.State != "" && y.mute
+	config := guest.AgentConfig{Dir: spec.Dir}
+	if y.saves {
+		config.System = inside{m}
+	}
 	go func() {
 		defer close(m.ended)
 		if silent {
 			<-on.Done()
 			return
 		}
-		if err := guest.Serve(on, m, guest.AgentConfig{Dir: spec.Dir}); err != nil {
+		if err := guest.Serve(on, m, config); err != nil {
 			panic(err)
 		}
 	}()
@@ -305,6 +321,9 @@ func (m *machine) Dial(ctx context.Context) (net.Conn, error) {
 	host, inside := net.Pipe()
 	select {
 	case m.dials <- inside:
+		m.yard.mu.Lock()
+		m.conns = append(m.conns, host)
+		m.yard.mu.Unlock()
 		return host, nil
 	case <-m.ended:
 		return nil, vm.ErrEnded
@@ -354,13 +373,15 @@ type stand struct {
 	dir    string
 	keep   bool
 	slots  int
+	states bool // VMs start from saved states
+	free   int64
 	log    *slog.Logger
 }
 
 const base = fleet.Digest("sha256:1111111111111111111111111111111111111111111111111111111111111111")
 
 func newStand(t *testing.T) *stand {
-	return &stand{office: newOffice(), yard: newYard(), shelf: newShelf(base), dir: t.TempDir(), slots: 2, log: slog.New(slog.NewTextHandler(t.Output(), nil))}
+	return &stand{office: newOffice(), yard: newYard(), shelf: newShelf(base), dir: t.TempDir(), slots: 2, free: 1 << 50, log: slog.New(slog.NewTextHandler(t.Output(), nil))}
 }
 
 // agent starts an agent; stop ends it and returns when it has gone.
@@ -369,6 +390,7 @@ func (s *stand) agent(t *testing.T) (stop func()) {
 	a, err := New(Config{
 		ID: "mac-1", Slots: s.slots, Dir: s.dir, Driver: "yard", Machines: s.yard, Images: s.shelf,
 		Sync: s.office.Sync, Keep: func() bool { return s.keep }, Log: s.log,
+		SaveStates: s.states, CloneFile: cache.CloneFile, Free: func() (int64, error) { return s.free, nil },
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -402,6 +424,7 @@ func runnerOrder(id fleet.VMID) api.RunnerOrder {
 func (s *stand) checkEmpty(t *testing.T) {
 	t.Helper()
 	s.office.check(t)
+	s.yard.check(t)
 	if ids, _ := s.yard.List(); len(ids) > 0 {
 		t.Errorf("machines left: %v", ids)
 	}

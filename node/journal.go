@@ -37,6 +37,9 @@ type record struct {
 	// Starting is the runner that was about to be started; it moves to Report.Runner
 	// once the guest has taken it.
 	Starting *api.RunnerReport `json:"starting,omitempty"`
+	// Seat is the saved state that the machine started from (Report.Tier says so) or that
+	// was saved of it: no other VM has it while this one lives.
+	Seat *seat `json:"seat,omitempty"`
 	// End is why the VM's life ends, from before its teardown begins.
 	End *ending `json:"end,omitempty"`
 }
@@ -112,12 +115,7 @@ func (j *journal) load() (records []record, problems []error, err error) {
 }
 
 func (j *journal) read(id fleet.VMID) (record, error) {
-	f, err := os.Open(j.path(id))
-	if err != nil {
-		return record{}, err
-	}
-	defer func() { _ = f.Close() }()
-	data, err := io.ReadAll(io.LimitReader(f, maxRecord+1))
+	data, err := readBounded(j.path(id), maxRecord)
 	if err != nil {
 		return record{}, err
 	}
@@ -132,6 +130,20 @@ func (j *journal) read(id fleet.VMID) (record, error) {
 		return record{}, fmt.Errorf("it is node %q's, and this is %q", r.Node, j.node)
 	}
 	return r, nil
+}
+
+// readBounded reads a file of at most most bytes.
+func readBounded(path string, most int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }()
+	data, err := io.ReadAll(io.LimitReader(f, most+1))
+	if err == nil && int64(len(data)) > most {
+		err = fmt.Errorf("larger than %d bytes", most)
+	}
+	return data, err
 }
 
 // moveAside keeps a bad file for people, under a name that no later one takes.
@@ -155,9 +167,6 @@ func (j *journal) moveAside(name string) error {
 
 // decodeRecord reads one record and refuses what no agent has written.
 func decodeRecord(data []byte) (record, error) {
-	if len(data) > maxRecord {
-		return record{}, fmt.Errorf("larger than %d bytes", maxRecord)
-	}
 	var r record
 	if err := json.Unmarshal(data, &r); err != nil {
 		return record{}, err
@@ -170,6 +179,11 @@ func decodeRecord(data []byte) (record, error) {
 	}
 	if stage(r.Report.State) == 0 {
 		return record{}, fmt.Errorf("state %q", r.Report.State)
+	}
+	if r.Seat != nil {
+		if err := r.Seat.check(); err != nil {
+			return record{}, err
+		}
 	}
 	return r, nil
 }

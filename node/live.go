@@ -2,9 +2,7 @@ package node
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -15,7 +13,7 @@ import (
 )
 
 // life is one VM of this node. What stands before record is set once; record, begun,
-// handed, told and the writing of machine are guarded by Agent.mu; what stands after
+// handed, told, address and the writing of machine are guarded by Agent.mu; what stands after
 // belongs to the goroutine of live, and it alone sets machine.
 type life struct {
 	order   api.VMOrder
@@ -23,23 +21,27 @@ type life struct {
 	end     context.CancelCauseFunc // ends it with an *ending, or with errKept
 	start   chan api.RunnerOrder    // the runner to start, at most one ever
 
-	record record
-	begun  bool   // the journal knows it
-	handed string // the runner's name that went into start
-	told   int64  // the sequence in which it was first reported done
+	record  record
+	begun   bool   // the journal knows it
+	handed  string // the runner's name that went into start
+	told    int64  // the sequence in which it was first reported done
+	address string // the guest's, "" until it is known; not the VM's goroutine's to write
 
 	machine vm.Machine // see setMachine
 
-	watching sync.WaitGroup // the goroutine that waits for the machine's end
-	guest    *guest.Client  // nil: not connected
-	status   guest.Status   // the guest's word when it was last dialled
-	release  func() error   // of the image's lease
-	kept     bool           // it outlives the agent: no teardown
-	stuck    bool           // a step of the teardown did not succeed: none after it may run
+	watching sync.WaitGroup  // goroutines beside the VM's own, until conclude
+	guest    bootstrap       // nil: not connected
+	status   guest.Status    // the guest's word when it was last dialled
+	lastTry  error           // why it could not be dialled, the last time
+	clonedAt time.Time       // when this agent began to boot it
+	asked    <-chan struct{} // closed when the guest was asked for its address once
+	release  func() error    // of the image's lease
+	kept     bool            // it outlives the agent: no teardown
+	stuck    bool            // a step of the teardown did not succeed: none after it may run
 }
 
 func newLife(r record) *life {
-	return &life{order: r.Report.Order, record: r, start: make(chan api.RunnerOrder, 1)}
+	return &life{order: r.Report.Order, record: r, address: r.Report.Address, start: make(chan api.RunnerOrder, 1)}
 }
 
 // live lives one VM, from the lease of its image to its end. Its defers are the
@@ -50,6 +52,7 @@ func (a *Agent) live(ctx context.Context, l *life) {
 	var err error
 	defer a.settle(l)
 	defer a.undo(ctx, l, "release the image", a.unlease)
+	defer a.undo(ctx, l, "free the saved state", a.unseat)
 	defer a.undo(ctx, l, "remove the clone", a.unclone)
 	defer a.undo(ctx, l, "destroy the machine", a.unboot)
 	defer func() { a.conclude(ctx, l, err) }()
@@ -72,6 +75,7 @@ func (a *Agent) live(ctx context.Context, l *life) {
 		return
 	}
 	up()
+	a.askAddress(ctx, l)
 	if err = a.register(ctx, l); err != nil {
 		return
 	}
@@ -98,7 +102,7 @@ func (a *Agent) boottime(ctx context.Context, l *life) (context.Context, context
 	case r.State == fleet.VMBooting:
 		left = r.BootingAt.Add(d).Sub(a.c.Now())
 	}
-	return context.WithTimeoutCause(ctx, left, &ending{Reason: fmt.Sprintf("its guest did not answer within %v", d), Failed: true})
+	return context.WithTimeoutCause(ctx, left, &ending{Reason: fmt.Sprintf("its guest did not answer within %v", d), Failed: true, late: true})
 }
 
 // because gives the cause for which ctx ended instead of the error that followed it.
@@ -114,14 +118,11 @@ func (a *Agent) open(l *life) error {
 	if l.resumed {
 		return nil
 	}
-	err := a.update(l, func(r *record) { r.Report.BootingAt = a.c.Now() })
+	err := a.update(l, func(r *record) { r.Report.BootingAt, r.Report.Tier = a.c.Now(), fleet.TierCold })
 	if err != nil {
 		return err
 	}
-	if b := l.order.Bootstrap; b != "" && b != fleet.BootstrapAgent {
-		return fmt.Errorf("bootstrap %q is not available in this version: use %q, with an image that carries Paddock's guest agent", b, fleet.BootstrapAgent)
-	}
-	return nil
+	return checkBootstrap(l.order)
 }
 
 // lease pins the image, so that no eviction races the clone.
@@ -141,72 +142,6 @@ func (a *Agent) lease(ctx context.Context, l *life) error {
 	return nil
 }
 
-// boot finds the machine that an agent before this one booted, or makes a clone and
-// boots it. A VM whose machine is gone is booted again only if it never answered: a
-// disk that was used is not used twice.
-func (a *Agent) boot(ctx context.Context, l *life) error {
-	if l.resumed {
-		m, err := a.adopt(ctx, l)
-		answered := a.recordOf(l).Report.State != fleet.VMBooting
-		switch {
-		case err == nil && (answered || !hasEnded(ctx, m)):
-			a.setMachine(l, m)
-			return nil
-		case err == nil: // it went with the agent in the middle of its boot
-			if err := m.Destroy(ctx); err != nil {
-				return fmt.Errorf("removing what is left of its first boot: %w", err)
-			}
-		case !errors.Is(err, vm.ErrUnknown):
-			return fmt.Errorf("adopting its machine: %w", err)
-		case answered:
-			return &ending{Reason: "the VM did not survive the restart of its node's agent: its machine is gone", Failed: true}
-		}
-	}
-	dir := a.cloneDir(l.order.ID)
-	if err := removeTree(dir); err != nil { // what a crash left of a clone
-		return fmt.Errorf("making room for the clone: %w", err)
-	}
-	if err := a.c.Images.Clone(ctx, l.order.Image, dir, l.order.Disk); err != nil {
-		return fmt.Errorf("cloning image %s: %w", l.order.Image.Short(), err)
-	}
-	m, err := a.c.Machines.Boot(ctx, vm.Spec{
-		ID: l.order.ID, Dir: dir, CPU: l.order.CPU, Memory: l.order.Memory, Mounts: l.order.Mounts,
-	})
-	if err != nil {
-		return fmt.Errorf("booting: %w", err)
-	}
-	a.setMachine(l, m)
-	return nil
-}
-
-// adoptTries bounds how often a machine is asked for that is there and cannot be had:
-// about ten seconds, for one slow answer must not end a job.
-const adoptTries = 8
-
-func (a *Agent) adopt(ctx context.Context, l *life) (vm.Machine, error) {
-	for n := 1; ; n++ {
-		m, err := a.c.Machines.Adopt(ctx, l.order.ID)
-		if err == nil || n == adoptTries || errors.Is(err, vm.ErrUnknown) || ctx.Err() != nil {
-			return m, err
-		}
-		a.log.Warn("a machine of ours could not be adopted; it is tried again", "vm", l.order.ID, "tries", n, "error", err)
-		pause(ctx, backoff(n, dialPause, dialMost))
-	}
-}
-
-// endedTime is how long a machine is given to say that it has ended, which one that has
-// does at once.
-const endedTime = time.Second
-
-func hasEnded(ctx context.Context, m vm.Machine) bool {
-	ctx, cancel := context.WithTimeout(ctx, endedTime)
-	defer cancel()
-	_, err := m.Wait(ctx)
-	return err == nil
-}
-
-func (a *Agent) cloneDir(id fleet.VMID) string { return filepath.Join(a.clones(), string(id)) }
-
 // watchMachine ends the VM's life when its machine ends by itself.
 func (a *Agent) watchMachine(ctx context.Context, l *life) {
 	l.watching.Go(func() {
@@ -222,16 +157,32 @@ func (a *Agent) watchMachine(ctx context.Context, l *life) {
 }
 
 func machineEnded(exit vm.Exit) *ending {
-	return &ending{Reason: "the machine ended: " + exit.Reason, Failed: true}
+	return &ending{Reason: "the machine ended: " + exit.Reason, Failed: true, crashed: true}
 }
 
-// greet waits until the guest answers: the VM is warm.
+// greet waits until the guest answers: the VM is warm. Before that, what a saved state
+// asks for is done.
 func (a *Agent) greet(ctx context.Context, l *life) error {
-	if err := a.reach(ctx, l); err != nil {
+	r := a.recordOf(l)
+	if stage(r.Report.State) >= stage(fleet.VMWarm) {
+		return a.reach(ctx, l)
+	}
+	saved := r.Report.Tier == fleet.TierSaved && r.Seat != nil
+	if saved {
+		if err := a.greetSaved(ctx, l, *r.Seat); err != nil {
+			return err
+		}
+	} else if err := a.reach(ctx, l); err != nil {
 		return err
 	}
-	if stage(a.recordOf(l).Report.State) < stage(fleet.VMWarm) {
-		a.note(l, func(r *record) { r.Report.State, r.Report.WarmAt = fleet.VMWarm, a.c.Now() })
+	if !l.clonedAt.IsZero() {
+		a.starts.add(l.order.Image, r.Report.Tier, a.c.Now().Sub(l.clonedAt))
 	}
+	if !saved {
+		if err := a.save(ctx, l); err != nil {
+			return err
+		}
+	}
+	a.note(l, func(r *record) { r.Report.State, r.Report.WarmAt = fleet.VMWarm, a.c.Now() })
 	return nil
 }

@@ -31,6 +31,7 @@ import (
 
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/runner/guest/ssh"
 	"github.com/paddock-ci/paddock/vm"
 )
 
@@ -95,6 +96,16 @@ type Config struct {
 	// to adopt; false, or nil, has them destroyed.
 	Keep func() bool
 
+	// SaveStates has VMs start from saved states of machines of their image, which the
+	// first VMs make; false: each boots cold, and states of before are removed.
+	SaveStates bool
+	// CloneFile makes dst, which must not exist, a copy of src of its own, sharing blocks
+	// where it can; nil: no states are saved. cache.CloneFile.
+	CloneFile func(ctx context.Context, src, dst string) error
+	// StateMargin is what must stay free on disk for a state to be saved, in bytes;
+	// 0: 40 GB for each slot.
+	StateMargin int64
+
 	Rate func() int64          // measured bytes per second of pulls; nil: not measured
 	Free func() (int64, error) // bytes the images' file system has left; nil: not said
 	Wait time.Duration         // how long a sync may be parked; 0: 20 s, the most a controller parks
@@ -104,22 +115,28 @@ type Config struct {
 
 // Agent is the agent of one node.
 type Agent struct {
-	c       Config
-	log     *slog.Logger
-	journal *journal
-	pulls   *puller
-	session string
-	news    chan struct{} // holds one value while something waits to be reported
+	c        Config
+	log      *slog.Logger
+	journal  *journal
+	pulls    *puller
+	starts   *starts
+	states   *states
+	saving   sync.Mutex // held while a machine's state is written
+	archives *archives
+	hostKeys ssh.HostKeys
+	session  string
+	news     chan struct{} // holds one value while something waits to be reported
 
 	stopping chan struct{}  // closed when Run is asked to end
 	lives    sync.WaitGroup // one per VM that is lived
 	short    sync.WaitGroup // evictions under way
 
 	mu       sync.Mutex
-	vms      map[fleet.VMID]*life    // lived ones and those whose end nobody acknowledged
-	past     map[fleet.VMID]struct{} // acknowledged as done: never lived again
-	waiting  map[fleet.VMID]bool     // ordered beyond the slots, and said so in the log
-	will     api.SyncReply           // the last reply
+	vms      map[fleet.VMID]*life     // lived ones and those whose end nobody acknowledged
+	past     map[fleet.VMID]time.Time // acknowledged as done, and when: never lived again
+	waiting  map[fleet.VMID]bool      // ordered beyond the slots, and said so in the log
+	will     api.SyncReply            // the last reply
+	applied  chan struct{}            // closed and replaced with each reply
 	sequence int64
 	evicting map[fleet.Digest]bool
 	free     int64 // the last good answer of Free
@@ -146,15 +163,26 @@ func New(c Config) (*Agent, error) {
 		news:     make(chan struct{}, 1),
 		stopping: make(chan struct{}),
 		vms:      map[fleet.VMID]*life{},
-		past:     map[fleet.VMID]struct{}{},
+		past:     map[fleet.VMID]time.Time{},
 		waiting:  map[fleet.VMID]bool{},
 		evicting: map[fleet.Digest]bool{},
+		applied:  make(chan struct{}),
+		starts:   newStarts(),
 	}
+	seats := c.Slots
+	if !c.SaveStates || c.CloneFile == nil {
+		seats = 0
+	}
+	a.states = newStates(filepath.Join(c.Dir, "states"), seats, c.Now, a.log)
+	a.archives = newArchives(filepath.Join(c.Dir, "runners"), c.Now, a.log)
 	if err := os.MkdirAll(a.clones(), 0o700); err != nil {
 		return nil, fmt.Errorf("making the clones' directory: %w", err)
 	}
 	var err error
 	if a.journal, err = openJournal(filepath.Join(c.Dir, "journal"), c.ID); err != nil {
+		return nil, err
+	}
+	if a.hostKeys, err = ssh.OpenHostKeys(filepath.Join(c.Dir, "hostkeys")); err != nil {
 		return nil, err
 	}
 	a.pulls = newPuller(c.Images, c.Now, a.tell, a.log)

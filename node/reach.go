@@ -24,10 +24,13 @@ const (
 // word in l.status. It fails only if the machine has ended or ctx ends.
 func (a *Agent) reach(ctx context.Context, l *life) error {
 	for n := 1; ; n++ {
-		err := l.hello(ctx)
+		err := a.hello(ctx, l)
+		var final *ending
 		switch {
 		case err == nil:
 			return nil
+		case errors.As(err, &final):
+			return final
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case errors.Is(err, vm.ErrEnded):
@@ -43,16 +46,20 @@ func (a *Agent) reach(ctx context.Context, l *life) error {
 }
 
 // hello makes one connection and asks for the guest's status.
-func (l *life) hello(ctx context.Context) error {
+func (a *Agent) hello(ctx context.Context, l *life) (err error) {
 	l.hangUp()
-	ctx, cancel := context.WithTimeout(ctx, helloTime)
+	try, cancel := context.WithTimeout(ctx, helloTime)
 	defer cancel()
-	conn, err := l.machine.Dial(ctx)
+	defer func() {
+		if err != nil && (ctx.Err() == nil || l.lastTry == nil) {
+			l.lastTry = err
+		}
+	}()
+	client, err := a.connect(try, contact{order: l.order, machine: l.machine, dir: a.cloneDir(l.order.ID)})
 	if err != nil {
-		return fmt.Errorf("dialling the guest: %w", err)
+		return err
 	}
-	client := guest.New(conn)
-	hello, err := client.Hello(ctx)
+	hello, err := client.Hello(try)
 	if err != nil {
 		_ = client.Close()
 		return err

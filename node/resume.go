@@ -27,13 +27,23 @@ func (a *Agent) resume(lives context.Context) error {
 			holders = append(holders, string(r.Report.ID))
 		}
 	}
-	strangers, err := a.strangers(ours)
+	strangers, err := a.strangers(lives, ours)
 	if err != nil {
 		return err
 	}
 	if err := a.sweepClones(ours, strangers); err != nil {
 		return err
 	}
+	if err := a.states.open(); err != nil {
+		return err
+	}
+	for _, r := range records {
+		if r.Seat != nil && r.Report.State != fleet.VMDone {
+			a.states.hold(r.Report.ID, *r.Seat)
+		}
+	}
+	a.states.prune(a.c.Images.List())
+	a.archives.evict("")
 	if s, ok := a.c.Images.(Sweeper); ok {
 		if err := s.Sweep(holders); err != nil {
 			return fmt.Errorf("releasing images that nothing holds any more: %w", err)
@@ -58,8 +68,9 @@ func (a *Agent) resume(lives context.Context) error {
 }
 
 // strangers are machines that run here and that no journal entry speaks for. They may
-// have a job: an absence does not end a VM, so they are left alone and named.
-func (a *Agent) strangers(ours map[fleet.VMID]bool) (map[fleet.VMID]bool, error) {
+// have a job: an absence does not end a VM, so they are left alone and named. What is
+// left of one that has ended is removed; its clone goes with those that no VM has.
+func (a *Agent) strangers(ctx context.Context, ours map[fleet.VMID]bool) (map[fleet.VMID]bool, error) {
 	ids, err := a.c.Machines.List()
 	if err != nil {
 		return nil, fmt.Errorf("listing the machines that run here: %w", err)
@@ -69,10 +80,29 @@ func (a *Agent) strangers(ours map[fleet.VMID]bool) (map[fleet.VMID]bool, error)
 		if ours[id] {
 			continue
 		}
+		if a.clear(ctx, id) {
+			continue
+		}
 		found[id] = true
 		a.log.Error("a machine that the journal does not know is left alone; if nobody misses it, end its helper process", "vm", id)
 	}
 	return found, nil
+}
+
+// clear removes what is left of a machine that has ended, and reports whether it had.
+func (a *Agent) clear(ctx context.Context, id fleet.VMID) bool {
+	ctx, cancel := context.WithTimeout(ctx, undoTime)
+	defer cancel()
+	m, err := a.c.Machines.Adopt(ctx, id)
+	if err != nil || !hasEnded(ctx, m) {
+		return false
+	}
+	if err := m.Destroy(ctx); err != nil {
+		a.log.Error("what is left of a machine that has ended was not removed", "vm", id, "error", err)
+		return false
+	}
+	a.log.Warn("what was left of a machine that the journal does not know was removed: it had ended", "vm", id)
+	return true
 }
 
 // sweepClones removes clones whose VM was acknowledged as done or never began.

@@ -168,7 +168,7 @@ func (s *stand) clone(t *testing.T, o api.VMOrder) string {
 // running makes the clone and the machine, as an agent before would have.
 func running(t *testing.T, s *stand, o api.VMOrder) {
 	t.Helper()
-	if _, err := s.yard.Boot(t.Context(), vm.Spec{ID: o.ID, Dir: s.clone(t, o)}); err != nil {
+	if _, err := s.yard.Boot(t.Context(), vm.Spec{ID: o.ID, Dir: s.clone(t, o), Agent: true}); err != nil {
 		t.Fatal(err)
 	}
 }

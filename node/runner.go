@@ -2,7 +2,6 @@ package node
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"github.com/paddock-ci/paddock/api"
@@ -37,31 +36,6 @@ func (a *Agent) register(ctx context.Context, l *life) error {
 	}
 	a.registered(l, &runner)
 	return nil
-}
-
-// defaultRunner is the command of a runner when the pool names none: the script of
-// GitHub's runner in the guest agent's directory.
-var defaultRunner = []string{"./run.sh"}
-
-// startTries bounds how often a runner is started over a new connection.
-const startTries = 5
-
-// startRunner hands the JIT config over. It goes by the guest's standard input and is
-// kept nowhere; a start that was already taken is a success.
-func (a *Agent) startRunner(ctx context.Context, l *life, order api.RunnerOrder) error {
-	run := guest.Run{Name: order.Runner.Name, Argv: l.order.Runner, Env: l.order.Env, Input: []byte(order.JIT)}
-	if len(run.Argv) == 0 {
-		run.Argv = defaultRunner
-	}
-	for n := 1; ; n++ {
-		err := l.guest.Start(ctx, run)
-		if err == nil || ctx.Err() != nil || n == startTries || !errors.Is(err, guest.ErrLost) {
-			return err
-		}
-		if err := a.reach(ctx, l); err != nil {
-			return err
-		}
-	}
 }
 
 // registered says that the guest has the runner.

@@ -107,6 +107,7 @@ func (a *Agent) request(have string, parked bool) api.SyncRequest {
 		DiskFree: a.diskFree(), Session: a.session,
 		Images: a.pulls.report(),
 	}
+	a.starts.report(node.Images, a.states.free())
 	if a.c.Rate != nil {
 		node.PullRate = a.c.Rate()
 	}

@@ -26,6 +26,7 @@ func (a *Agent) conclude(ctx context.Context, l *life, err error) {
 		l.kept = true
 		l.end(errKept)
 	} else {
+		why = a.explain(l, why)
 		l.end(why)
 		a.note(l, func(r *record) { r.End = why })
 		r := a.recordOf(l).Report
@@ -135,7 +136,7 @@ func (a *Agent) settle(l *life) {
 	a.note(l, func(r *record) {
 		r.Report.State, r.Report.DoneAt = fleet.VMDone, a.c.Now()
 		r.Report.Reason, r.Report.Failed = r.End.Reason, r.End.Failed
-		r.Starting = nil
+		r.Starting, r.Seat = nil, nil
 	})
 }
 
@@ -148,6 +149,7 @@ func (a *Agent) update(l *life, change func(*record)) error {
 	err := a.journal.put(r)
 	a.mu.Lock()
 	first := !l.begun
+	r.Report.Address = l.address // which may have come meanwhile
 	l.record, l.begun = r, true
 	a.mu.Unlock()
 	if first || r.Report.State != was.State || r.Report.Runner != was.Runner {

@@ -1,0 +1,200 @@
+package node
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/runner/guest"
+	"github.com/paddock-ci/paddock/vm"
+)
+
+const (
+	// saveTime bounds saving: 16 GB of memory at 200 MB/s.
+	saveTime = 80 * time.Second
+	// restoreTime is how long a guest may take to answer after a start from a saved state,
+	// which takes a second: one that is silent longer is a broken state.
+	restoreTime = time.Minute
+	// wakeTries bounds how often a woken guest is asked over a new connection.
+	wakeTries = 3
+	// entropyBytes is what a guest's random pool is stirred with: twice what it holds.
+	entropyBytes = 64
+	// stateMargin is kept free on disk for each slot beside a state that is saved: what a
+	// clone may grow by (the default of a pool's growth), in bytes.
+	stateMargin = 40 << 30
+)
+
+// usesStates reports whether VMs of an order may start from saved states. Only Paddock's
+// agent can wake a guest, without which two machines of one state would draw the same
+// random numbers, and so the same keys.
+func (a *Agent) usesStates(l *life) bool {
+	return a.c.SaveStates && a.c.CloneFile != nil && bootstrapOf(l.order) == fleet.BootstrapAgent
+}
+
+// sit finds a VM its seat among the saved states, if there is one for it, and reports
+// whether that has a state to start from. The journal knows the seat before the machine
+// exists, so that an agent that is started again keeps others away from it.
+func (a *Agent) sit(l *life) (p seat, saved bool) {
+	if !a.usesStates(l) {
+		return seat{}, false
+	}
+	if had := a.recordOf(l).Seat; had != nil { // in a life that a crash interrupted
+		p, saved = *had, a.states.hold(l.order.ID, *had)
+	} else {
+		key, err := stateKey(l.order, a.c.Driver)
+		if err != nil {
+			a.log.Warn("the VM boots cold", "vm", l.order.ID, "error", err)
+			return seat{}, false
+		}
+		var ok bool
+		if p, saved, ok = a.states.take(l.order.ID, l.order.Image, key, !l.resumed); !ok {
+			return seat{}, false
+		}
+	}
+	tier := fleet.TierCold
+	if saved {
+		tier = fleet.TierSaved
+	}
+	if err := a.update(l, func(r *record) { r.Seat, r.Report.Tier = &p, tier }); err != nil {
+		a.log.Warn("the journal was not written; the VM boots cold", "vm", l.order.ID, "error", err)
+		a.states.release(l.order.ID, p)
+		a.note(l, func(r *record) { r.Seat, r.Report.Tier = nil, fleet.TierCold })
+		return seat{}, false
+	}
+	return p, saved
+}
+
+// unseat frees the VM's seat, once neither its machine nor its clone is left.
+func (a *Agent) unseat(_ context.Context, l *life) error {
+	if p := a.recordOf(l).Seat; p != nil {
+		a.states.release(l.order.ID, *p)
+	}
+	return nil
+}
+
+// awaken brings a guest that was started from a saved state into its own time, before it
+// counts as warm. Without it the machine is of no use: another one from this state would
+// have the same random numbers.
+func (a *Agent) awaken(ctx context.Context, l *life) error {
+	for n := 1; ; n++ {
+		err := a.wake(ctx, l)
+		if err == nil || n == wakeTries || ctx.Err() != nil || !errors.Is(err, guest.ErrLost) {
+			return err
+		}
+		if err := a.reach(ctx, l); err != nil {
+			return err
+		}
+	}
+}
+
+func (a *Agent) wake(ctx context.Context, l *life) error {
+	client, ok := l.guest.(interface {
+		Wake(ctx context.Context, w guest.Wake) error
+	})
+	if !ok {
+		return guest.ErrUnsupported
+	}
+	ctx, cancel := context.WithTimeout(ctx, helloTime)
+	defer cancel()
+	entropy := make([]byte, entropyBytes)
+	rand.Read(entropy) // never fails: crypto/rand aborts the program instead
+	defer clear(entropy)
+	if err := client.Wake(ctx, guest.Wake{Now: a.c.Now(), Entropy: entropy}); err != nil {
+		return fmt.Errorf("waking the guest: %w", err)
+	}
+	return nil
+}
+
+// greetSaved is greet of a VM that started from a saved state, up to where it could be
+// called warm. If it fails, the state goes.
+func (a *Agent) greetSaved(ctx context.Context, l *life, p seat) error {
+	bounded, cancel := context.WithTimeoutCause(ctx, restoreTime, &ending{
+		Reason: fmt.Sprintf("its guest did not answer within %v of a start from a saved state, which was removed", restoreTime), Failed: true, late: true})
+	defer cancel()
+	err := a.reach(bounded, l)
+	if err == nil {
+		if err = a.awaken(bounded, l); err != nil {
+			err = fmt.Errorf("after a start from a saved state, which was removed: %w", err)
+		}
+	}
+	if err != nil && !wasEnded(ctx) {
+		a.spoil(p)
+	}
+	return because(bounded, err)
+}
+
+// save keeps the state of a machine that has just booted cold, for later VMs. It is done
+// before the VM is warm, never later: then it may get a runner at any moment, and a
+// runner's JIT config is in its memory. So the first VM of a seat waits for it (0.1 s on
+// QEMU, seconds for a Mac's 8 GB), and each later one gains more than that.
+func (a *Agent) save(ctx context.Context, l *life) error {
+	p := a.recordOf(l).Seat
+	saver, ok := l.machine.(vm.Saver)
+	if p == nil || !ok || l.resumed || l.status.State != guest.Idle || !a.roomForState(l) {
+		return nil
+	}
+	if !a.saving.TryLock() {
+		return nil // one at a time: another VM's is being written
+	}
+	defer a.saving.Unlock()
+	dir, err := a.states.begin(*p)
+	if err == nil {
+		err = a.saveInto(ctx, saver, dir)
+		if lost := a.reach(ctx, l); lost != nil { // saving has cut the connection
+			a.states.drop(*p)
+			return lost
+		}
+	}
+	if err == nil { // its clock stood still; and a guest that cannot be woken is not saved
+		err = a.awaken(ctx, l)
+	}
+	if err != nil {
+		a.states.drop(*p)
+		if ctx.Err() == nil {
+			a.states.fail(*p, errors.Is(err, vm.ErrUnsupported) || errors.Is(err, guest.ErrUnsupported))
+			a.log.Warn("the machine's state was not saved", "vm", l.order.ID, "image", l.order.Image.Short(), "error", err)
+		}
+		return nil
+	}
+	l.watching.Go(func() { a.finishState(l, *p) })
+	return nil
+}
+
+func (a *Agent) saveInto(ctx context.Context, saver vm.Saver, dir string) error {
+	ctx, cancel := context.WithTimeout(ctx, saveTime)
+	defer cancel()
+	return saver.Save(ctx, dir)
+}
+
+// finishState brings a saved state to disk while its VM is warm already.
+func (a *Agent) finishState(l *life, p seat) {
+	if err := a.states.finish(p); err != nil {
+		a.log.Warn("the machine's state was not saved", "vm", l.order.ID, "image", p.Image.Short(), "error", err)
+		a.states.drop(p)
+		a.states.fail(p, false)
+		return
+	}
+	a.log.Info("a machine's state was saved", "vm", l.order.ID, "image", p.Image.Short())
+	a.states.prune(a.c.Images.List())
+}
+
+// roomForState reports whether the disk has room for the VM's memory beside what the
+// clones may grow by.
+func (a *Agent) roomForState(l *life) bool {
+	if a.c.Free == nil {
+		return true
+	}
+	free, err := a.c.Free()
+	margin := a.c.StateMargin
+	if margin == 0 {
+		margin = int64(a.c.Slots) * stateMargin
+	}
+	if err != nil || free-l.order.Memory < margin {
+		a.log.Info("no state is saved: too little disk space is free", "vm", l.order.ID, "free", free, "kept_free", margin, "error", err)
+		return false
+	}
+	return true
+}
