@@ -24,6 +24,7 @@ func (a *Agent) apply(ctx, lives context.Context, r api.SyncReply) {
 	a.destroy(r.Destroy)
 	a.start(r.Start)
 	a.evict(ctx, r)
+	a.connectPeople(lives, r.Sessions)
 	if r.Credential != "" && a.c.Renewed != nil {
 		if err := a.c.Renewed(r.Credential); err != nil {
 			a.log.Error("the renewed credential could not be kept; the old one serves until it ends", "error", err)

@@ -89,6 +89,9 @@ type Config struct {
 	Images   Images   // required
 	// Sync makes one exchange with the controller; required. *api.Client's Sync.
 	Sync func(ctx context.Context, r api.SyncRequest) (api.SyncReply, error)
+	// Sessions answers people who want to be connected with a VM here; nil: nobody is.
+	// *api.Client has it.
+	Sessions Sessions
 	// Renewed is given a renewed credential to keep; nil: it is dropped.
 	Renewed func(credential string) error
 
@@ -138,6 +141,7 @@ type Agent struct {
 	will     api.SyncReply            // the last reply
 	applied  chan struct{}            // closed and replaced with each reply
 	sequence int64
+	people   connector
 	evicting map[fleet.Digest]bool
 	free     int64 // the last good answer of Free
 }
