@@ -117,7 +117,7 @@ func NewNode(c NodeConfig) (*Node, error) {
 	}
 	agent, err := node.New(node.Config{
 		ID: fleet.NodeID(c.Node.Name), Tags: c.Node.Tags, Slots: c.Node.Slots, Memory: hostMemory(), Dir: c.Node.Dir,
-		Driver: c.Node.Driver, Version: c.Version, Machines: machines, Images: images, Sync: client.Sync,
+		Driver: c.Node.Driver, Version: c.Version, Machines: machines, Images: images, Sync: client.Sync, Sessions: client,
 		Renewed: func(credential string) error {
 			endpoint.Token = credential
 			if err := writeFile(path, endpoint); err != nil {
