@@ -9,10 +9,13 @@ import (
 	"os"
 	"slices"
 
+	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/cmd/internal/config"
 	"github.com/paddock-ci/paddock/vm"
 	"github.com/paddock-ci/paddock/vm/helper"
 	"github.com/paddock-ci/paddock/vm/process"
+	"github.com/paddock-ci/paddock/vm/qemu"
+	"github.com/paddock-ci/paddock/vm/vz"
 )
 
 // helperCommand is how this program starts itself as the helper of a VM: the driver is in
@@ -41,8 +44,12 @@ func Helper(ctx context.Context, args []string, stdin io.Reader) error {
 }
 
 // Driver makes a driver by its name in the configuration.
-func Driver(name string, _ config.QEMU, log *slog.Logger) (vm.Driver, error) {
+func Driver(name string, q config.QEMU, log *slog.Logger) (vm.Driver, error) {
 	switch name {
+	case config.DriverQEMU:
+		return qemu.New(qemu.Config{Accel: q.Accel, Network: q.Network, CloneFile: cache.CloneFile, Log: log})
+	case config.DriverVZ:
+		return vz.New(vz.Config{CloneFile: cache.CloneFile, Log: log})
 	case config.DriverProcess:
 		self, err := os.Executable()
 		if err != nil {
