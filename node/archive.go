@@ -48,6 +48,7 @@ var sha256Pattern = regexp.MustCompile(`^[0-9a-f]{64}$`)
 type archives struct {
 	dir    string
 	client *http.Client
+	most   int64 // bytes of one
 	now    func() time.Time
 	log    *slog.Logger
 
@@ -57,7 +58,7 @@ type archives struct {
 
 func newArchives(dir string, now func() time.Time, log *slog.Logger) *archives {
 	return &archives{
-		dir: dir, now: now, log: log, active: map[string]chan struct{}{},
+		dir: dir, most: maxArchive, now: now, log: log, active: map[string]chan struct{}{},
 		client: &http.Client{CheckRedirect: func(r *http.Request, via []*http.Request) error {
 			if len(via) > archiveRedirects {
 				return fmt.Errorf("more than %d redirects", archiveRedirects)
@@ -177,8 +178,8 @@ func (s *archives) fetch(ctx context.Context, want api.Archive, part string) (er
 	switch {
 	case reply.StatusCode != http.StatusOK:
 		return fmt.Errorf("%s answered %s", from.Host, reply.Status)
-	case reply.ContentLength > maxArchive:
-		return fmt.Errorf("it has %d bytes, and at most %d are taken", reply.ContentLength, maxArchive)
+	case reply.ContentLength > s.most:
+		return fmt.Errorf("it has %d bytes, and at most %d are taken", reply.ContentLength, s.most)
 	}
 	out, err := os.OpenFile(part, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
@@ -187,12 +188,12 @@ func (s *archives) fetch(ctx context.Context, want api.Archive, part string) (er
 	defer func() { err = errors.Join(err, out.Close()) }()
 	sum := sha256.New()
 	body := movingReader{r: reply.Body, moved: func() { stall.Reset(archiveStall) }}
-	n, err := io.Copy(io.MultiWriter(out, sum), io.LimitReader(body, maxArchive+1))
+	n, err := io.Copy(io.MultiWriter(out, sum), io.LimitReader(body, s.most+1))
 	switch {
 	case err != nil:
 		return because(ctx, fmt.Errorf("after %d bytes: %w", n, err))
-	case n > maxArchive:
-		return fmt.Errorf("it has more than %d bytes", maxArchive)
+	case n > s.most:
+		return fmt.Errorf("it has more than %d bytes", s.most)
 	}
 	if got := hex.EncodeToString(sum.Sum(nil)); got != want.SHA256 {
 		return fmt.Errorf("its SHA-256 is %s, and GitHub says %s: a proxy may have changed it", got, want.SHA256)
