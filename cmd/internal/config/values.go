@@ -41,6 +41,14 @@ var sizeUnits = []struct {
 // UnmarshalYAML reads a size; a bare number is refused, since its unit is a guess.
 func (s *Size) UnmarshalYAML(node ast.Node) error {
 	text := scalar(node)
+	if s.Set(text) != nil {
+		return badValue(node, text, "a size", "write 8GiB or 40GB")
+	}
+	return nil
+}
+
+// Set reads a size as a flag's value; a bare number is refused as well.
+func (s *Size) Set(text string) error {
 	for _, unit := range sizeUnits {
 		number, found := strings.CutSuffix(strings.ToLower(text), unit.suffix)
 		if !found {
@@ -53,8 +61,19 @@ func (s *Size) UnmarshalYAML(node ast.Node) error {
 			return nil
 		}
 	}
-	return badValue(node, text, "a size", "write 8GiB or 40GB")
+	return fmt.Errorf("%q is not a size: write 8GiB or 40GB", text)
 }
+
+// String is the number of bytes, and nothing for none, as a flag's default is shown.
+func (s *Size) String() string {
+	if *s == 0 {
+		return ""
+	}
+	return strconv.FormatInt(int64(*s), 10) + "B"
+}
+
+// Type names the value in a command's help.
+func (s *Size) Type() string { return "size" }
 
 func scalar(node ast.Node) string {
 	if token := node.GetToken(); token != nil {
