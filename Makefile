@@ -32,8 +32,8 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
-demo: build ## run 12 jobs on three nodes against a simulated GitHub; ARGS="--json" for machines
-	@bin/paddock-demo $(ARGS)
+demo: build ## run 12 jobs on three nodes against a simulated GitHub; DRIVER=qemu: in real VMs; ARGS="--json" for machines
+	@bin/paddock-demo $(if $(DRIVER),-driver $(DRIVER)) $(ARGS)
 
 .PHONY: build
 build: ## build the programs into bin/

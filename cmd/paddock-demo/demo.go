@@ -26,10 +26,9 @@ import (
 )
 
 const (
-	nodes   = 3
-	slots   = 2
-	jobs    = 12
-	timeout = 2 * time.Minute // for all jobs; they take a few seconds
+	nodes = 3
+	slots = 2
+	jobs  = 12
 
 	withdrawal = 15 * time.Second // after an interrupt; a teardown takes a second or two
 )
@@ -39,6 +38,7 @@ type demo struct {
 	out, errOut io.Writer
 	json        bool
 	verbose     bool
+	kind        *kind
 
 	dir      string
 	github   *githubtest.GitHub
@@ -94,7 +94,7 @@ func (d *demo) playInside(ctx, outside context.Context) (r *result, err error) {
 	if err := d.openNodes(below, nodes); err != nil {
 		return nil, fmt.Errorf("start the nodes: %w", err)
 	}
-	watching, cancel := context.WithTimeout(ctx, timeout)
+	watching, cancel := context.WithTimeout(ctx, d.kind.timeout)
 	defer cancel()
 	defer context.AfterFunc(below, cancel)() // a node that fails ends the showing
 	if r, err = d.perform(watching); err == nil {
@@ -145,19 +145,20 @@ func nodeName(i int) fleet.NodeID { return fleet.NodeID(fmt.Sprintf("mac-%d", i+
 // openWorld starts what is not ours: GitHub and a registry with two images.
 func (d *demo) openWorld(ctx context.Context, world *errgroup.Group) error {
 	secret := []byte("a secret of the demo")
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
 	gh, err := githubtest.New(githubtest.Config{
-		Secret:       secret,
+		Secret: secret, URL: d.kind.outside(l.Addr()),
 		Repositories: []githubtest.Repository{{Name: "acme/app"}, {Name: "acme/site"}, {Name: "acme/tools"}},
 		Transport:    parts.Trusting(),
 	})
 	if err != nil {
-		return err
+		return errors.Join(err, l.Close())
 	}
 	d.github, d.registry = gh, registrytest.New()
-	githubURL, err := serve(ctx, world, gh)
-	if err != nil {
-		return err
-	}
+	githubURL := serveOn(ctx, world, l, gh)
 	registryURL, err := serve(ctx, world, d.registry)
 	if err != nil {
 		return err
@@ -172,6 +173,10 @@ func serve(ctx context.Context, group *errgroup.Group, h http.Handler) (string, 
 	if err != nil {
 		return "", err
 	}
+	return serveOn(ctx, group, l, h), nil
+}
+
+func serveOn(ctx context.Context, group *errgroup.Group, l net.Listener, h http.Handler) (url string) {
 	server := &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second}
 	group.Go(func() error {
 		if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
@@ -180,7 +185,7 @@ func serve(ctx context.Context, group *errgroup.Group, h http.Handler) (string, 
 		return nil
 	})
 	group.Go(func() error { <-ctx.Done(); return server.Close() })
-	return "http://" + l.Addr().String(), nil
+	return "http://" + l.Addr().String()
 }
 
 // prepare pushes the images and writes the configuration, as an operator would.
@@ -194,21 +199,17 @@ func (d *demo) prepare(ctx context.Context, githubURL, registryURL string, secre
 		Fleet: "demo", Data: filepath.Join(d.dir, "controller"), Listen: "127.0.0.1:0",
 		GitHub: config.GitHub{AppID: d.github.AppID(), PrivateKeyFile: key, WebhookSecretFiles: []string{hook}, API: githubURL + "/"},
 	}
-	self, err := os.Executable()
+	pool, err := d.kind.prepare(ctx)
 	if err != nil {
 		return err
 	}
 	for i, name := range imageNames {
-		ref, err := pushImage(ctx, d.registry, registryURL, name, uint64(i))
+		ref, err := d.pushImage(ctx, registryURL, name, uint64(i))
 		if err != nil {
 			return fmt.Errorf("push image %s: %w", name, err)
 		}
-		c.Pools = append(c.Pools, config.Pool{
-			Name: name, Scopes: []string{"acme"}, Labels: []string{"self-hosted", "macOS", name},
-			Image: ref, Bootstrap: string(fleet.BootstrapAgent), Runner: []string{self, "runner"},
-			// A clone of these images grows by nothing to speak of.
-			Growth: 1 << 20,
-		})
+		pool.Name, pool.Labels, pool.Image = name, []string{"self-hosted", "macOS", name}, ref
+		c.Pools = append(c.Pools, pool)
 	}
 	d.control, err = parts.NewControl(parts.ControlConfig{Config: c, Log: d.log("controller")})
 	return err
@@ -239,7 +240,7 @@ func (d *demo) openNodes(ctx context.Context, running *errgroup.Group) error {
 		if err != nil {
 			return err
 		}
-		c := config.Node{Name: name, Slots: slots, Driver: "process", Dir: filepath.Join(d.dir, name), Streams: 4}
+		c := config.Node{Name: name, Slots: slots, Driver: d.kind.driver, QEMU: d.kind.qemu, Dir: filepath.Join(d.dir, name), Streams: 4}
 		if err := parts.Join(ctx, c, token, d.control.URL()); err != nil {
 			return err
 		}

@@ -7,7 +7,6 @@ import (
 	"math/rand/v2"
 	"strings"
 
-	"github.com/paddock-ci/paddock/cache/registrytest"
 	"github.com/paddock-ci/paddock/image/tart"
 )
 
@@ -19,9 +18,19 @@ const (
 	imageChunks = 12
 )
 
-// pushImage makes a small image in Tart's format and pushes it: a third of its chunks
-// are zero, as in real ones, and the two images share a third.
-func pushImage(ctx context.Context, r *registrytest.Registry, registryURL, name string, seed uint64) (string, error) {
+// pushImage pushes an image of the demo's kind of machine and returns its reference.
+func (d *demo) pushImage(ctx context.Context, registryURL, name string, seed uint64) (string, error) {
+	source, err := d.kind.image(ctx, name, seed)
+	if err != nil {
+		return "", err
+	}
+	_, err = d.registry.Push(ctx, "acme/"+name, "1", source)
+	return strings.TrimPrefix(registryURL, "http://") + "/acme/" + name + ":1", err
+}
+
+// noise is a small image in Tart's format that nothing boots: a third of its chunks are
+// zero, as in real ones, and the two images share a third.
+func noise(_ context.Context, name string, seed uint64) (tart.Source, error) {
 	var disk bytes.Buffer
 	for i := range imageChunks {
 		switch i % 3 {
@@ -33,13 +42,12 @@ func pushImage(ctx context.Context, r *registrytest.Registry, registryURL, name 
 			writeNoise(&disk, 1000*(seed+1)+uint64(i))
 		}
 	}
-	_, err := r.Push(ctx, "acme/"+name, "1", tart.Source{
+	return tart.Source{
 		Config:    &tart.Config{Version: 1, OS: "linux", Arch: "arm64", CPUCount: 1, MemorySize: 64 << 20},
 		NVRAM:     []byte("nvram of " + name),
 		Disk:      &disk,
 		ChunkSize: imageChunk,
-	})
-	return strings.TrimPrefix(registryURL, "http://") + "/acme/" + name + ":1", err
+	}, nil
 }
 
 // writeNoise writes one chunk that compresses by half.

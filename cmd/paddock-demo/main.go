@@ -1,6 +1,6 @@
 // Command paddock-demo shows the whole way of a job on one machine, with nothing
 // installed: a simulated GitHub and a registry, a controller with the embedded store, and
-// three nodes whose VMs are child processes. It queues twelve jobs by signed webhooks,
+// three nodes whose VMs are child processes, or with -driver qemu real machines. It queues twelve jobs by signed webhooks,
 // shows each on its way, and proves that nothing is left when they are done.
 //
 // It is not the product: the simulated GitHub and the registry are in this binary so
@@ -17,6 +17,7 @@ import (
 	"os/signal"
 	"syscall"
 
+	"github.com/paddock-ci/paddock/cmd/internal/config"
 	"github.com/paddock-ci/paddock/cmd/internal/parts"
 	"github.com/paddock-ci/paddock/github/githubtest/testrunner"
 )
@@ -62,6 +63,7 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 	flags := flag.NewFlagSet("paddock-demo", flag.ContinueOnError)
 	flags.SetOutput(errOut)
 	asJSON := flags.Bool("json", false, "print the result as JSON, for machines")
+	driver := flags.String("driver", config.DriverProcess, "what VMs are: process (child processes) or qemu (real machines; Linux, with Go and QEMU installed)")
 	verbose := flags.Bool("v", false, "log what the parts do, on standard error")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
@@ -69,7 +71,12 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 		}
 		return 2
 	}
-	d := &demo{out: out, errOut: errOut, json: *asJSON, verbose: *verbose}
+	machines := kinds[*driver]
+	if machines == nil {
+		fmt.Fprintf(errOut, "paddock-demo: no driver %q here: process or qemu\n", *driver)
+		return 2
+	}
+	d := &demo{out: out, errOut: errOut, json: *asJSON, verbose: *verbose, kind: machines}
 	result, err := d.play(ctx)
 	if err != nil && result == nil {
 		return failed(errOut, err)

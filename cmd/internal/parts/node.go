@@ -126,6 +126,7 @@ func NewNode(c NodeConfig) (*Node, error) {
 			client.SetToken(credential)
 			return nil
 		},
+		SaveStates: c.Node.States(), CloneFile: cache.CloneFile,
 		Keep: c.Keep, Rate: images.Rate, Free: images.Free, Log: c.Log,
 	})
 	if err != nil {
