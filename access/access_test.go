@@ -210,6 +210,15 @@ func TestJoin(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// Who holds a credential may read it without the fleet's key.
+	if got, err := ReadToken(string(credential) + "\n"); err != nil || !got.ExpiresAt.Equal(identity().ExpiresAt.Truncate(time.Second)) || got.Subject != identity().Subject {
+		t.Errorf("read as %+v (%v)", got, err)
+	}
+	for _, text := range []string{"", "pdk_", string(token), "pdk_a.b.c", strings.Repeat("x", 1<<20)} {
+		if _, err := ReadToken(text); !errors.Is(err, ErrMalformed) {
+			t.Errorf("%.20q is read as a token: %v", text, err)
+		}
+	}
 	if _, err := v.VerifyJoin(joinPrefix+strings.TrimPrefix(string(credential), tokenPrefix), now); !errors.Is(err, ErrSignature) {
 		t.Errorf("a credential passed for a join token: %v", err)
 	}

@@ -94,6 +94,26 @@ func CloneFile(ctx context.Context, src, dst string) error {
 	return out.Close()
 }
 
+// CanShare reports whether files in dir can share their blocks, so that a clone costs
+// nothing: it tries, with a file of its own.
+func CanShare(dir string) (ok bool, err error) {
+	src, err := os.CreateTemp(dir, ".share-*")
+	if err != nil {
+		return false, err
+	}
+	defer func() { err = errors.Join(err, os.Remove(src.Name())) }()
+	_, err = src.Write(make([]byte, 1<<16))
+	if err := errors.Join(err, src.Close()); err != nil {
+		return false, err
+	}
+	dst := src.Name() + ".clone"
+	ok, err = reflink(src.Name(), dst)
+	if ok {
+		err = errors.Join(err, os.Remove(dst))
+	}
+	return ok, err
+}
+
 // unsupported reports whether a file system merely cannot do what was asked of it.
 func unsupported(err error) bool {
 	for _, errno := range []unix.Errno{unix.ENOTSUP, unix.EOPNOTSUPP, unix.ENOSYS, unix.ENOTTY, unix.EINVAL, unix.EXDEV, unix.EPERM} {

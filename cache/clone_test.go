@@ -180,6 +180,26 @@ func TestCloneFails(t *testing.T) {
 	}
 }
 
+// Whatever the file system can: it is what a clone there then does, and nothing is left.
+func TestCanShare(t *testing.T) {
+	dir := t.TempDir()
+	can, err := CanShare(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("it left %v (%v)", left, err)
+	}
+	src := filepath.Join(dir, "src")
+	sparseFile(t, src)
+	if shared, err := reflink(src, filepath.Join(dir, "dst")); err != nil || shared != can {
+		t.Errorf("clones share: %t (%v), and it said %t", shared, err, can)
+	}
+	if _, err := CanShare(filepath.Join(dir, "nowhere")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a directory that is not there: %v", err)
+	}
+}
+
 // BenchmarkClone is the sparse copy of a disk of 8 MiB with 300 KB of data, or its
 // reflink where the temporary directory's file system has them.
 func BenchmarkClone(b *testing.B) {
