@@ -215,9 +215,10 @@ type yard struct {
 	machines map[fleet.VMID]*machine
 	boots    map[fleet.VMID]int
 	bootErr  error
-	silent   bool // machines whose guest never answers
-	stubborn int  // so many calls of Destroy fail
-	hang     bool // Boot does not return before its context ends
+	silent   bool   // machines whose guest never answers
+	stubborn int    // so many calls of Destroy fail
+	hang     bool   // Boot does not return before its context ends
+	console  string // what machines print
 	yardStates
 	yardPorts
 }
@@ -261,6 +262,9 @@ func (y *yard) Boot(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 	}
 	mem, err := y.restore(spec)
 	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(filepath.Join(spec.Dir, vm.ConsoleFile), []byte(y.console), 0o600); err != nil {
 		return nil, err
 	}
 	y.boots[spec.ID]++

@@ -114,9 +114,12 @@ func (m *machine) DialPort(ctx context.Context, port int) (net.Conn, error) {
 	if serve == nil || port != 22 {
 		return nil, fmt.Errorf("port %d: %w", port, vm.ErrUnsupported)
 	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	host, inside := net.Pipe()
 	go serve(inside)
-	return host, ctx.Err()
+	return host, nil
 }
 
 func (m *machine) Address(context.Context) (string, error) {

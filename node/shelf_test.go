@@ -18,6 +18,7 @@ type shelf struct {
 	mu       sync.Mutex
 	images   map[fleet.Digest]*fleet.NodeImage
 	leases   map[string]fleet.Digest // by holder
+	files    map[string]string       // executables in each clone, beside the disk
 	cloneErr error
 	pullErr  error
 	pulls    []fleet.Digest // in the order they began
@@ -94,6 +95,14 @@ func (s *shelf) Clone(_ context.Context, _ fleet.Digest, dir string, _ int64) er
 	}
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err
+	}
+	for name, text := range s.files {
+		if err := os.MkdirAll(filepath.Join(dir, filepath.Dir(name)), 0o700); err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o700); err != nil {
+			return err
+		}
 	}
 	return os.WriteFile(filepath.Join(dir, vm.DiskFile), []byte("disk"), 0o600)
 }
