@@ -40,6 +40,15 @@ build: ## build the programs into bin/
 	@mkdir -p bin
 	go build -ldflags "-X main.version=$(VERSION)" -o bin/ ./cmd/...
 
+.PHONY: guest
+guest: ## build the agent that runs inside machines into bin/guest/, for Linux and macOS
+	@mkdir -p bin/guest
+	@for target in linux/arm64 linux/amd64 darwin/arm64; do \
+		CGO_ENABLED=0 GOOS=$${target%/*} GOARCH=$${target#*/} go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" \
+			-o bin/guest/paddock-guest-$${target%/*}-$${target#*/} ./cmd/paddock-guest || exit 1; \
+	done
+	@ls -l bin/guest
+
 .PHONY: test
 test: packages $(VERDICT) ## vet and test everything with the race detector; with CI=true a skip is a failure
 	go vet ./...
