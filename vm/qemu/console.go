@@ -14,9 +14,9 @@ import (
 // goes wrong, and the end: at most maxConsole bytes, of which the middle is left out
 // down to keepConsole when it is full.
 const (
-	maxConsole  = 4 << 20
-	headConsole = 1 << 20
-	keepConsole = 1 << 20 // of the end, each time
+	maxConsole  = 1 << 20
+	headConsole = 256 << 10
+	keepConsole = 256 << 10 // of the end, each time
 )
 
 // console writes what a guest prints into a file of bounded size.

@@ -2,9 +2,11 @@ package qemu
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
+	"time"
 
 	"github.com/paddock-ci/paddock/runner/guest"
 	"github.com/paddock-ci/paddock/vm"
@@ -32,8 +34,29 @@ func newPort(q *monitor, first *net.UnixConn) *port {
 	return p
 }
 
-// open makes a new stream.
+// open makes a new stream. QEMU takes one only while the guest's driver is there, so this
+// waits for a guest that is starting.
 func (p *port) open(ctx context.Context) (net.Conn, error) {
+	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 200*time.Millisecond) {
+		conn, err := p.try(ctx)
+		switch {
+		case err == nil:
+			return conn, nil
+		case errors.Is(err, errMonitorGone):
+			return nil, vm.ErrEnded
+		}
+		select {
+		case <-time.After(pause):
+		case <-p.monitor.done:
+			return nil, vm.ErrEnded
+		case <-ctx.Done():
+			return nil, fmt.Errorf("opening the guest's port anew: %w", errors.Join(ctx.Err(), err))
+		}
+	}
+}
+
+// try makes a new stream in place of the one before.
+func (p *port) try(ctx context.Context) (net.Conn, error) {
 	release, err := p.hold(ctx)
 	if err != nil {
 		return nil, err
@@ -51,7 +74,7 @@ func (p *port) open(ctx context.Context) (net.Conn, error) {
 	defer func() { _ = theirs.Close() }() // QEMU has its own
 	if err := p.replace(ctx, theirs); err != nil {
 		_ = ours.Close()
-		return nil, fmt.Errorf("opening the guest's port anew: %w", err)
+		return nil, err
 	}
 	p.current = ours
 	return ours, nil

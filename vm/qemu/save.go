@@ -47,17 +47,18 @@ func (m *machine) save(ctx context.Context, dir string) (err error) {
 	if err := m.portCut(ctx); err != nil {
 		return err
 	}
-	if err := m.monitor.run(ctx, "stop", nil); err != nil {
-		return err
-	}
 	defer func() {
-		// The machine runs on, whatever happened to the state and to ctx.
+		// The machine runs on, whatever happened to the state and to ctx; to one that was
+		// not stopped after all the command means nothing.
 		resume, cancel := context.WithTimeout(context.WithoutCancel(ctx), commandLimit)
 		defer cancel()
 		if failure := m.monitor.run(resume, "cont", nil); failure != nil {
 			err = errors.Join(err, fmt.Errorf("the machine stands still: %w", failure))
 		}
 	}()
+	if err := m.monitor.run(ctx, "stop", nil); err != nil {
+		return err
+	}
 	if err := m.writeMemory(ctx, filepath.Join(dir, memoryFile)); err != nil {
 		return err
 	}
