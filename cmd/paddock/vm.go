@@ -35,7 +35,8 @@ func vmCommand(g *globals) *cobra.Command {
 // aboutVM is what every command that takes a VM says of it.
 const aboutVM = `VM is its name, a beginning of it that no other VM has, or the id of the job that it serves.
 The way into it is the connection that its node holds to the controller: no port is opened on
-the node or in the network. It needs the role operator, and is noted in the events.`
+the node or in the network. It needs the role operator, and is noted in the events. -o does not
+apply: what comes out are the VM's own bytes.`
 
 // streamClient is client for a command whose output is the VM's.
 func (g *globals) streamClient() (*api.Client, error) {

@@ -24,8 +24,8 @@ macOS images have admin with the password admin.
 
 The VM's host key is not checked, for it is as new as the VM: that is right here only because
 the connection comes through the controller, which has checked who you are and which node
-answers. Your SSH agent, X11 and ports are not forwarded into the VM unless ARGS say so, and
-nothing is written into your known_hosts.
+answers. Your SSH agent and X11 are not forwarded into the VM unless ARGS say so, and nothing is
+written into your known_hosts.
 
 ` + aboutVM,
 		Example: "paddock vm ssh 3k8x\npaddock vm ssh 3k8x -- sw_vers\npaddock vm ssh 3k8x -- -L 8080:localhost:80 -N",
