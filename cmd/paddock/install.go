@@ -1,0 +1,158 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/paddock-ci/paddock/cmd/internal/config"
+	"github.com/paddock-ci/paddock/cmd/internal/parts"
+	"github.com/paddock-ci/paddock/cmd/internal/service"
+)
+
+func installCommand(g *globals) *cobra.Command {
+	printOnly := false
+	cmd := &cobra.Command{
+		Use: "install", Short: "Have this machine's agent run now and at every login", Args: cobra.NoArgs,
+		Long: `Have this machine's agent run now and at every login: as a LaunchAgent on macOS, as a systemd
+user unit on Linux, both of the user who runs this. It must have joined a controller before.
+
+The agent gets this configuration and these flags, and the name that it joined under. Run it
+again with others to change them. Restarts and upgrades of the agent leave its VMs running.`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := g.loadFor(cmd)
+			if err != nil {
+				return err
+			}
+			s, err := agentService(g, cmd, c)
+			if err != nil {
+				return err
+			}
+			if printOnly {
+				_, err := fmt.Fprint(cmd.OutOrStdout(), s.Text())
+				return err
+			}
+			if _, err := os.Stat(parts.CredentialPath(c.Node)); errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("node %s has not joined, so that its agent would only fail (hint: on the controller: paddock token create --node %s; here: paddock node join TOKEN)", c.Node.Name, c.Node.Name)
+			}
+			outcome, err := s.Install(cmd.Context())
+			if err != nil {
+				return fmt.Errorf("install the agent: %w", err)
+			}
+			text := fmt.Sprintf("%s: %s\n", outcome, s.Path())
+			for _, note := range s.Notes() {
+				text += "note: " + note + "\n"
+			}
+			_, err = fmt.Fprint(cmd.OutOrStdout(), text)
+			return err
+		},
+	}
+	cmd.Flags().BoolVar(&printOnly, "print", false, "only show the file that would be installed")
+	addOverlays(cmd, agentOverlays...)
+	return cmd
+}
+
+func uninstallCommand(g *globals) *cobra.Command {
+	return &cobra.Command{
+		Use: "uninstall", Short: "Stop this machine's agent and have it start no more", Args: cobra.NoArgs,
+		Long: `Stop this machine's agent and have it start no more. What "install" made is removed, and its
+log on macOS with it; images, credential and the VMs that run stay. To have none run, cordon
+the node first, and wait until "paddock vm list" shows none.`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, unread := g.load() // only to look for VMs: a broken one must not keep the agent installed
+			if unread != nil {
+				c = &config.Config{}
+			}
+			s, err := agentService(g, cmd, c)
+			if err != nil {
+				return err
+			}
+			found, err := s.Uninstall(cmd.Context())
+			if err != nil {
+				return fmt.Errorf("uninstall the agent: %w", err)
+			}
+			text := "there was nothing installed\n"
+			if found {
+				text = "removed: " + s.Path() + "\n"
+			}
+			if n := folders(parts.HelpersDir(c.Node)); n > 0 {
+				text += fmt.Sprintf("note: %s of this node may still run; to end what runs: paddock node, and Ctrl-C once it is up\n", count(n, "VM"))
+			}
+			_, err = fmt.Fprint(cmd.OutOrStdout(), text)
+			return err
+		},
+	}
+}
+
+// folders counts those in a directory; one that is not there has none.
+func folders(dir string) int {
+	entries, _ := os.ReadDir(dir)
+	n := 0
+	for _, e := range entries {
+		if e.IsDir() {
+			n++
+		}
+	}
+	return n
+}
+
+// agentOverlays are the flags of the agent that "install" hands on.
+var agentOverlays = []string{"data", "name", "dir", "slots"}
+
+// agentService is the agent as it is started here, for the service manager: which has
+// another working directory and another environment.
+func agentService(g *globals, cmd *cobra.Command, c *config.Config) (*service.Service, error) {
+	program, err := os.Executable()
+	if err != nil {
+		return nil, fmt.Errorf("find this program: %w", err)
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return nil, fmt.Errorf("find the home directory: %w", err)
+	}
+	s := service.Config{OS: runtime.GOOS, Home: home, ConfigHome: os.Getenv("XDG_CONFIG_HOME"), UID: os.Getuid(), Program: program, Args: []string{"node"}}
+	if file := g.file(); file != "" {
+		if file, err = filepath.Abs(file); err != nil {
+			return nil, fmt.Errorf("find the configuration: %w", err)
+		}
+		s.Env = append(s.Env, service.Variable{Name: "PADDOCK_CONFIG", Value: file})
+	}
+	if state := os.Getenv("XDG_STATE_HOME"); state != "" {
+		s.Env = append(s.Env, service.Variable{Name: "XDG_STATE_HOME", Value: state})
+	}
+	// A host's name may change with its network; the credential is for the name it had.
+	values := map[string]string{"name": c.Node.Name}
+	for _, o := range overlays {
+		if value := os.Getenv(o.variable); value != "" {
+			values[o.flag] = value
+		}
+		if f := cmd.Flags().Lookup(o.flag); f != nil && f.Changed {
+			values[o.flag] = f.Value.String()
+		}
+	}
+	if c.Node.Dir != "" && !filepath.IsAbs(c.Node.Dir) {
+		values["dir"] = c.Node.Dir
+	}
+	for _, flag := range agentOverlays {
+		value := values[flag]
+		if value == "" {
+			continue
+		}
+		if flag == "data" || flag == "dir" {
+			if value, err = filepath.Abs(value); err != nil {
+				return nil, fmt.Errorf("find %s: %w", flag, err)
+			}
+		}
+		s.Args = append(s.Args, "--"+flag, value)
+	}
+	if strings.HasPrefix(program, os.TempDir()) && strings.Contains(program, "go-build") {
+		return nil, errors.New("this program is go run's and gone when it ends (hint: go install it, and run that)")
+	}
+	return service.New(s)
+}
