@@ -8,8 +8,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
-	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -28,6 +26,7 @@ import (
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/image"
 	"github.com/paddock-ci/paddock/image/tart"
+	"github.com/paddock-ci/paddock/runner/guest"
 	"github.com/paddock-ci/paddock/vm/helper"
 	"github.com/paddock-ci/paddock/vm/process"
 	"github.com/paddock-ci/paddock/vm/process/processtest"
@@ -45,6 +44,7 @@ var (
 const (
 	helperArg = "vm-helper"
 	agentArg  = "node-agent"
+	guestArg  = "node-guest"
 )
 
 // TestMain makes this binary, when a test has started it, the guest, the helper of one
@@ -58,6 +58,8 @@ func TestMain(m *testing.M) {
 	switch os.Args[1] {
 	case helperArg:
 		err = helperMain()
+	case guestArg:
+		err = process.GuestMain(context.Background(), guest.AgentConfig{System: calm{}})
 	case agentArg:
 		err = agentMain(os.Args[2], os.Args[3])
 	default:
@@ -71,11 +73,11 @@ func TestMain(m *testing.M) {
 }
 
 func helperMain() error {
-	driver, err := process.New(process.Config{Command: []string{os.Args[0], "guest-agent"}})
+	driver, err := process.New(process.Config{Command: []string{os.Args[0], guestArg}})
 	if err != nil {
 		return err
 	}
-	return helper.Main(context.Background(), driver, os.Stdin)
+	return helper.Main(context.Background(), savingDriver{driver}, os.Stdin)
 }
 
 // agentMain is a node: everything real but the controller, which is at url.
@@ -102,7 +104,9 @@ func realAgent(dir, url string, fetcher cache.Fetcher, log *slog.Logger) (*Agent
 	if err != nil {
 		return nil, nil, err
 	}
+	_, noStates := os.Lstat(filepath.Join(dir, statesSwitch))
 	agent, err := New(Config{
+		SaveStates: noStates == nil, CloneFile: cache.CloneFile, StateMargin: 1,
 		ID: "mac-1", Dir: dir, Driver: "process", Machines: machines, Images: store, Rate: store.Rate, Free: store.Free, Log: log,
 		Sync: func(ctx context.Context, r api.SyncRequest) (reply api.SyncReply, err error) {
 			body, err := json.Marshal(r)
@@ -349,46 +353,5 @@ func TestKilledWithARunningJob(t *testing.T) {
 	}
 	m.office.await(t, "it leaves the journal", func() bool { return m.office.gone["aaaaaaaa"] })
 	second.stop(t)
-	m.checkEmpty(t)
-}
-
-// TestKilledAnywhere: agents are killed with -9 again and again at moments of chance
-// while VMs boot, start, run and end. No runner runs twice, every VM comes to its end,
-// and one whose runner ran to its end is done for that reason.
-func TestKilledAnywhere(t *testing.T) {
-	m := newMac(t)
-	m.prepare(t)
-	const vms = 8
-	for i := range vms {
-		id := fleet.VMID(fmt.Sprintf("vm%06d", i))
-		m.office.order(func() { m.office.start[id] = runnerOrder(id) })
-		m.office.place(m.order(id, `sleep 0.1; exit 0`))
-	}
-	const kills = 25
-	for range kills {
-		c := m.child(t)
-		lived := time.NewTimer(20*time.Millisecond + rand.N(250*time.Millisecond))
-		<-lived.C
-		c.kill(t)
-	}
-	killed := m.office.latest().Session
-	last := m.child(t)
-	m.office.await(t, "all VMs leave the journal", func() bool { return len(m.office.gone) == vms && m.office.last.Session != killed })
-	last.stop(t)
-	good := 0
-	m.office.mu.Lock()
-	reports := maps.Clone(m.office.reports)
-	m.office.mu.Unlock()
-	for id, r := range reports {
-		switch n := m.runs(id); {
-		case n > 1:
-			t.Errorf("VM %s ran its runner %d times: %+v", id, n, r)
-		case r.Reason == "runner exited 0" && n == 1 && !r.Failed:
-			good++
-		default:
-			t.Errorf("VM %s after %d runs: %q, failed %v", id, n, r.Reason, r.Failed)
-		}
-	}
-	t.Logf("%d of %d VMs ran their job in spite of %d kills", good, vms, kills)
 	m.checkEmpty(t)
 }
