@@ -35,6 +35,8 @@ type login struct {
 	conn    *firstBytes
 	pinning error // what HostKeys said, if it refused
 	checked bool  // the host key was accepted
+	key     bool  // the server wanted to see the private key
+	word    bool  // the server wanted to hear the password
 	asked   int   // questions answered by keyboard-interactive
 }
 
@@ -120,10 +122,16 @@ func (l *login) methods() ([]xssh.AuthMethod, error) {
 			// The library's text is not passed on: it may quote the key.
 			return nil, errors.New("the private key cannot be read: it must be in PEM, as ssh-keygen writes it")
 		}
-		methods = append(methods, xssh.PublicKeys(signer))
+		methods = append(methods, xssh.PublicKeysCallback(func() ([]xssh.Signer, error) {
+			l.key = true
+			return []xssh.Signer{signer}, nil
+		}))
 	}
 	if account.Password != "" {
-		methods = append(methods, xssh.Password(account.Password), xssh.KeyboardInteractive(l.answer))
+		methods = append(methods, xssh.PasswordCallback(func() (string, error) {
+			l.word = true
+			return account.Password, nil
+		}), xssh.KeyboardInteractive(l.answer))
 	}
 	if len(methods) == 0 || account.User == "" {
 		return nil, errors.New("the pool's ssh login needs a user, and a password or a key")
@@ -139,7 +147,7 @@ func (l *login) answer(_, _ string, questions []string, echos []bool) ([]string,
 		if l.asked++; echos[i] || l.asked > maxQuestions {
 			return nil, errors.New("the server asks for more than a password")
 		}
-		answers[i] = l.config.Login.Password
+		l.word, answers[i] = true, l.config.Login.Password
 	}
 	return answers, nil
 }
@@ -161,34 +169,39 @@ func (l *login) meaning(err error, late bool) error {
 			ErrNoAnswer, handshakeLimit, reason(err, late))
 	case !strings.Contains(said, "SSH-"):
 		return fmt.Errorf("%w: the port's first bytes are %q: this pool has bootstrap: ssh; if this image has Paddock's agent, it needs bootstrap: agent", ErrNotSSH, said)
-	case l.checked && strings.Contains(err.Error(), "unable to authenticate"):
-		return l.refused(err.Error())
+	case l.checked && isRefusal(err):
+		return l.refused()
 	case late || !l.checked:
 		return fmt.Errorf("%w: its login came to no end (%s)", ErrNoAnswer, reason(err, late))
 	}
 	return fmt.Errorf("%w: during the login: %s", guest.ErrLost, reason(err, late))
 }
 
-// refused says what was offered and what the server would not even hear of.
-func (l *login) refused(text string) error {
-	_, tried, _ := strings.Cut(text, "attempted methods [")
-	tried, _, _ = strings.Cut(tried, "]")
+// isRefusal tells a refused login from a broken one, for which the library has no type.
+// The second text is of a server that offers keyboard-interactive, and then refuses it
+// before it has asked anything, as an sshd without PAM does after a wrong password.
+func isRefusal(err error) bool {
+	return strings.Contains(err.Error(), "unable to authenticate") || strings.Contains(err.Error(), "unexpected message type 51 (expected 60)")
+}
+
+// refused says what was wrong, and what the server would not even hear of.
+func (l *login) refused() error {
 	account := l.config.Login
 	var told []string
 	if account.Key != "" {
-		told = append(told, offered("the private key", strings.Contains(tried, "publickey")))
+		told = append(told, offered("private key", l.key))
 	}
 	if account.Password != "" {
-		told = append(told, offered("the password", strings.Contains(tried, "password") || strings.Contains(tried, "keyboard-interactive")))
+		told = append(told, offered("password", l.word))
 	}
 	return fmt.Errorf("%w: %s; set the pool's ssh login to an account of this image, and see that the image's sshd allows it", ErrLogin, strings.Join(told, ", "))
 }
 
 func offered(what string, heard bool) string {
 	if heard {
-		return what + " is wrong"
+		return "the " + what + " is wrong"
 	}
-	return "the server takes no login by " + strings.TrimPrefix(what, "the ")
+	return "the server takes no login by " + what
 }
 
 // reason is the library's account of a failure, bounded: it may quote the server.

@@ -135,7 +135,7 @@ func (f *KeyFile) load() ([]pin, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading the host keys: %w", err)
 	}
-	defer file.Close()
+	defer func() { _ = file.Close() }() // was read
 	data, err := io.ReadAll(io.LimitReader(file, maxPinsFile+1))
 	if err != nil {
 		return nil, fmt.Errorf("reading the host keys: %w", err)

@@ -178,7 +178,7 @@ func (s *session) ended() error {
 // send writes the script and the input. A failure to read the input is reported: the
 // guest sees only that it ended early.
 func (s *session) send(text string, j job, answered <-chan struct{}) error {
-	defer s.in.Close()
+	defer func() { _ = s.in.Close() }() // an end that is not heard is the session's
 	if _, err := io.WriteString(s.in, text); err != nil {
 		return nil // the guest ended it, and its answer says why
 	}

@@ -54,7 +54,7 @@ func TestMain(m *testing.M) {
 			return 1
 		}
 		defer func() {
-			if out, err := exec.Command("userdel", account.name).CombinedOutput(); err != nil {
+			if out, err := exec.CommandContext(context.Background(), "userdel", account.name).CombinedOutput(); err != nil {
 				fmt.Fprintf(os.Stderr, "userdel: %v: %s", err, out)
 			}
 		}()
@@ -63,10 +63,10 @@ func TestMain(m *testing.M) {
 }
 
 func makeAccount(name string) error {
-	if out, err := exec.Command("useradd", "-M", "-d", "/nonexistent", "-s", "/bin/sh", name).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(context.Background(), "useradd", "-M", "-d", "/nonexistent", "-s", "/bin/sh", name).CombinedOutput(); err != nil {
 		return fmt.Errorf("useradd: %w: %s", err, out)
 	}
-	set := exec.Command("chpasswd")
+	set := exec.CommandContext(context.Background(), "chpasswd")
 	set.Stdin = strings.NewReader(name + ":" + accountPassword)
 	if out, err := set.CombinedOutput(); err != nil {
 		return fmt.Errorf("chpasswd: %w: %s", err, out)
@@ -102,7 +102,7 @@ func startSSHD(t *testing.T, extra ...string) *sshd {
 	s.key, public = newKey(t)
 	must(t, os.WriteFile(filepath.Join(dir, "authorized"), []byte(public), 0o644))
 	s.newHostKey(t)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	must(t, err)
 	s.port = l.Addr().(*net.TCPAddr).Port
 	must(t, l.Close())
@@ -140,7 +140,7 @@ func (s *sshd) newHostKey(t *testing.T) {
 
 func (s *sshd) start(t *testing.T) {
 	t.Helper()
-	s.cmd = exec.Command("/usr/sbin/sshd", "-D", "-e", "-f", filepath.Join(s.dir, "config"))
+	s.cmd = exec.CommandContext(context.Background(), "/usr/sbin/sshd", "-D", "-e", "-f", filepath.Join(s.dir, "config"))
 	log, err := os.OpenFile(filepath.Join(s.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	must(t, err)
 	defer log.Close()
@@ -153,7 +153,7 @@ func (s *sshd) start(t *testing.T) {
 		}
 	})
 	within(t, "sshd listens", func() bool {
-		conn, err := net.Dial("tcp", s.addr())
+		conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", s.addr())
 		if err == nil {
 			conn.Close()
 		}
@@ -237,7 +237,7 @@ func (s *sshd) addr() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa
 
 func (s *sshd) conn(t *testing.T) net.Conn {
 	t.Helper()
-	conn, err := net.Dial("tcp", s.addr())
+	conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", s.addr())
 	must(t, err)
 	return conn
 }
