@@ -149,7 +149,7 @@ func (a *Agent) explain(l *life, why *ending) *ending {
 	switch {
 	case why.late && l.machine == nil:
 		said.Reason += ": its machine was not up yet"
-	case why.late && r.Report.State == fleet.VMBooting:
+	case why.late && r.Report.State == fleet.VMBooting && r.Report.Tier != fleet.TierSaved:
 		said.Reason += ": " + hints[bootstrapOf(l.order)]
 		if l.lastTry != nil {
 			said.Reason += "; last try: " + clip(l.lastTry.Error(), maxReasonError)

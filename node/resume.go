@@ -42,6 +42,9 @@ func (a *Agent) resume(lives context.Context) error {
 			a.states.hold(r.Report.ID, *r.Seat)
 		}
 	}
+	if len(strangers) > 0 {
+		a.states.bar() // one of them may have the identity of any state
+	}
 	a.states.prune(a.c.Images.List())
 	a.archives.evict("")
 	if s, ok := a.c.Images.(Sweeper); ok {

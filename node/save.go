@@ -22,9 +22,9 @@ const (
 	wakeTries = 3
 	// entropyBytes is what a guest's random pool is stirred with: twice what it holds.
 	entropyBytes = 64
-	// stateMargin is kept free on disk for each slot beside a state that is saved: what a
-	// clone may grow by (the default of a pool's growth), in bytes.
-	stateMargin = 40 << 30
+	// cloneGrowth is kept free on disk for each slot when a state is saved: what a clone may
+	// grow by (the default of a pool's growth), in bytes.
+	cloneGrowth = 40 << 30
 )
 
 // usesStates reports whether VMs of an order may start from saved states. Only Paddock's
@@ -181,6 +181,14 @@ func (a *Agent) finishState(l *life, p seat) {
 	a.states.prune(a.c.Images.List())
 }
 
+// stateMargin is what must stay free on disk for a state to be saved, in bytes.
+func (a *Agent) stateMargin() int64 {
+	if a.c.StateMargin > 0 {
+		return a.c.StateMargin
+	}
+	return int64(a.c.Slots) * cloneGrowth
+}
+
 // roomForState reports whether the disk has room for the VM's memory beside what the
 // clones may grow by.
 func (a *Agent) roomForState(l *life) bool {
@@ -188,13 +196,17 @@ func (a *Agent) roomForState(l *life) bool {
 		return true
 	}
 	free, err := a.c.Free()
-	margin := a.c.StateMargin
-	if margin == 0 {
-		margin = int64(a.c.Slots) * stateMargin
-	}
-	if err != nil || free-l.order.Memory < margin {
-		a.log.Info("no state is saved: too little disk space is free", "vm", l.order.ID, "free", free, "kept_free", margin, "error", err)
+	if err != nil || free-l.order.Memory < a.stateMargin() {
+		a.log.Info("no state is saved: too little disk space is free", "vm", l.order.ID, "free", free, "kept_free", a.stateMargin(), "error", err)
 		return false
 	}
 	return true
+}
+
+// relieve gives the room of saved states back when the disk fills up, before VMs have to
+// wait for it: a quarter below where states are saved, so that it does not go to and fro.
+func (a *Agent) relieve(free int64) {
+	if free < a.stateMargin()/4*3 {
+		a.states.sweep("the disk fills up", func(seat) bool { return true })
+	}
 }

@@ -98,6 +98,7 @@ type states struct {
 	ready  map[seat]bool
 	taken  map[seat]fleet.VMID // "": its files are being removed
 	failed map[string]int      // by key; stateTries: no more of it
+	barred bool                // a machine of nobody's runs here, of which state is unknown
 }
 
 func newStates(dir string, seats int, now func() time.Time, log *slog.Logger) *states {
@@ -116,7 +117,7 @@ func (s *states) path(p seat) string {
 func (s *states) take(id fleet.VMID, image fleet.Digest, key string, save bool) (p seat, saved, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.failed[key] >= stateTries {
+	if s.barred || s.failed[key] >= stateTries {
 		return seat{}, false, false
 	}
 	empty := -1
@@ -145,6 +146,13 @@ func (s *states) hold(id fleet.VMID, p seat) (saved bool) {
 	defer s.mu.Unlock()
 	s.taken[p] = id
 	return s.ready[p]
+}
+
+// bar ends the use of states until the next start.
+func (s *states) bar() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.barred = true
 }
 
 // release frees a VM's seat once nothing of its machine is left.
@@ -179,6 +187,9 @@ func (s *states) free() map[fleet.Digest]int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	count := map[fleet.Digest]int{}
+	if s.barred {
+		return count
+	}
 	for p := range s.ready {
 		if _, taken := s.taken[p]; !taken && s.failed[p.Key] < stateTries {
 			count[p.Image]++

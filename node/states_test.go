@@ -149,8 +149,10 @@ func TestStateFailures(t *testing.T) {
 			tier: fleet.TierCold, third: fleet.TierCold, saves: 1},
 		{name: "saving fails halfway", before: func(s *stand) { s.yard.saveErr = errors.New("disk full") },
 			between: func(s *stand) { s.yard.saveErr = nil }, tier: fleet.TierCold, third: fleet.TierSaved, saves: 2},
-		{name: "the disk has no room", before: func(s *stand) { s.free = stateMargin - 1 },
-			between: func(s *stand) { s.free = stateMargin }, tier: fleet.TierCold, third: fleet.TierSaved, saves: 1},
+		{name: "the disk has no room", before: func(s *stand) { s.free = cloneGrowth - 1 },
+			between: func(s *stand) { s.free = cloneGrowth }, tier: fleet.TierCold, third: fleet.TierSaved, saves: 1},
+		{name: "the disk fills up", between: func(s *stand) { s.free = cloneGrowth / 2 },
+			tier: fleet.TierCold, third: fleet.TierCold, saves: 1},
 		{name: "the state is broken: cold within the same life", between: func(s *stand) { s.yard.stateErr = fmt.Errorf("of another version: %w", vm.ErrState) },
 			tier: fleet.TierCold, third: fleet.TierCold, saves: 3},
 		{name: "no slot on the host: the state stays", between: func(s *stand) { s.yard.stateErr = vm.ErrAtCapacity },
@@ -176,6 +178,7 @@ func TestStateFailures(t *testing.T) {
 				if tt.between != nil {
 					tt.between(s)
 				}
+				time.Sleep(time.Minute) // in which a sync looks at the disk
 				if tt.reason == "" {
 					s.warm(t, "bbbbbbbb", nil)
 					s.destroy(t, "bbbbbbbb")

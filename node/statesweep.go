@@ -61,7 +61,7 @@ func (s *states) read(image, name string) (seat, error) {
 		return seat{}, fmt.Errorf("its mark is that of %s of image %s", m.Seat, m.Seat.Image.Short())
 	}
 	if m.Seat.Number >= s.seats {
-		return seat{}, fmt.Errorf("this node has %d slots now", s.seats)
+		return seat{}, fmt.Errorf("this node keeps %d of a kind now", s.seats)
 	}
 	for file, size := range m.Files {
 		if !filepath.IsLocal(file) {
@@ -93,10 +93,15 @@ func (s *states) prune(images []fleet.NodeImage) {
 	for _, i := range images {
 		here[i.Digest] = true
 	}
+	s.sweep("its image is gone, or nobody asked for it", func(p seat) bool { return !here[p.Image] || s.isOld(p) })
+}
+
+// sweep removes states that no VM has the seat of.
+func (s *states) sweep(why string, goes func(seat) bool) {
 	s.mu.Lock()
 	var gone []seat
 	for p := range s.ready {
-		if _, taken := s.taken[p]; !taken && (!here[p.Image] || s.isOld(p)) {
+		if _, taken := s.taken[p]; !taken && goes(p) {
 			gone = append(gone, p)
 			s.taken[p] = ""
 			delete(s.ready, p)
@@ -104,7 +109,7 @@ func (s *states) prune(images []fleet.NodeImage) {
 	}
 	s.mu.Unlock()
 	for _, p := range gone {
-		s.log.Info("a saved state is removed: its image is gone, or nobody asks for it", "image", p.Image.Short())
+		s.log.Info("a saved state is removed", "image", p.Image.Short(), "why", why)
 		s.remove(s.path(p))
 		_ = os.Remove(filepath.Dir(s.path(p))) // if it is empty
 		s.release("", p)

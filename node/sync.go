@@ -141,6 +141,9 @@ func (a *Agent) diskFree() int64 {
 		return 0
 	}
 	free, err := a.c.Free()
+	if err == nil {
+		a.relieve(free)
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if err != nil {
