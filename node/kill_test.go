@@ -8,14 +8,17 @@ import (
 	"io/fs"
 	"maps"
 	insecure "math/rand/v2"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/runner/guest"
@@ -73,6 +76,34 @@ func (m savedMachine) Save(ctx context.Context, dir string) error {
 	return errors.Join(
 		cache.CloneFile(ctx, filepath.Join(m.spec.Dir, vm.DiskFile), filepath.Join(dir, vm.DiskFile)),
 		os.WriteFile(filepath.Join(dir, vm.IdentityFile), []byte(m.identity), 0o600))
+}
+
+// DialPort reaches the server that a test has on a socket in the node's directory.
+func (m savedMachine) DialPort(ctx context.Context, port int) (net.Conn, error) {
+	return (&net.Dialer{}).DialContext(ctx, "unix", portSocket(filepath.Dir(filepath.Dir(m.spec.Dir)), port))
+}
+
+func portSocket(dir string, port int) string { return filepath.Join(dir, fmt.Sprintf("port-%d", port)) }
+
+// openPort serves a port of the guests of a node.
+func (m *mac) openPort(t *testing.T, port int, serve func(net.Conn)) {
+	t.Helper()
+	l, err := net.Listen("unix", portSocket(m.dir, port))
+	must(t, err)
+	var conns sync.WaitGroup
+	conns.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			conns.Go(func() { serve(c) })
+		}
+	})
+	t.Cleanup(func() {
+		_ = l.Close()
+		conns.Wait()
+	})
 }
 
 // calm is a system in which nothing has to be done.
@@ -187,4 +218,49 @@ func killAnywhere(t *testing.T, states bool) {
 		t.Errorf("machines that collided: %s", faults)
 	}
 	m.checkEmpty(t)
+}
+
+// TestKilledWithARunningJob: the agent is killed with -9 while a job runs. The job goes
+// on, whatever the way into its guest; the next agent says so, sees it end as it would
+// have, and leaves nothing.
+func TestKilledWithARunningJob(t *testing.T) {
+	for _, b := range []fleet.Bootstrap{fleet.BootstrapAgent, fleet.BootstrapSSH} {
+		t.Run(string(b), func(t *testing.T) { killWithARunningJob(t, b) })
+	}
+}
+
+func killWithARunningJob(t *testing.T, b fleet.Bootstrap) {
+	m := newMac(t)
+	m.prepare(t)
+	guest := newSSHD(t)
+	if b == fleet.BootstrapSSH {
+		m.openPort(t, sshPort, guest.serve)
+		m.office.order(func() { m.office.logins = []api.PoolLogin{guest.login} })
+	}
+	end := filepath.Join(m.dir, "end")
+	m.office.order(func() { m.office.start["aaaaaaaa"] = runnerOrder("aaaaaaaa") })
+	order := m.order("aaaaaaaa", `until test -e `+end+`; do sleep 0.02; done; exit 0`)
+	order.Bootstrap = b
+	m.office.place(order)
+	first := m.child(t)
+	m.office.awaitState(t, "aaaaaaaa", fleet.VMBusy)
+	session := m.office.latest().Session
+	first.kill(t)
+	if len(processtest.Find(t, filepath.Join(m.dir, "clones", "aaaaaaaa"))) == 0 {
+		t.Fatal("the machine went with the agent")
+	}
+	second := m.child(t)
+	m.office.await(t, "the next agent reports the job", func() bool {
+		return m.office.last.Session != session && len(m.office.last.VMs) == 1 && m.office.last.VMs[0].State == fleet.VMBusy
+	})
+	if err := os.WriteFile(end, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if r := m.office.awaitState(t, "aaaaaaaa", fleet.VMDone); r.Reason != "runner exited 0" || r.Failed || m.runs("aaaaaaaa") != 1 {
+		t.Errorf("%+v after %d runs", r, m.runs("aaaaaaaa"))
+	}
+	m.office.await(t, "it leaves the journal", func() bool { return m.office.gone["aaaaaaaa"] })
+	second.stop(t)
+	m.checkEmpty(t)
+	guest.check(t)
 }

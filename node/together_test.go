@@ -325,33 +325,3 @@ func (c *child) stop(t *testing.T) {
 		t.Errorf("the agent: %v", err)
 	}
 }
-
-// TestKilledWithARunningJob: the agent is killed with -9 while a job runs. The job goes
-// on; the next agent says so, sees it end as it would have, and leaves nothing.
-func TestKilledWithARunningJob(t *testing.T) {
-	m := newMac(t)
-	m.prepare(t)
-	end := filepath.Join(m.dir, "end")
-	m.office.order(func() { m.office.start["aaaaaaaa"] = runnerOrder("aaaaaaaa") })
-	m.office.place(m.order("aaaaaaaa", `until test -e `+end+`; do sleep 0.02; done; exit 0`))
-	first := m.child(t)
-	m.office.awaitState(t, "aaaaaaaa", fleet.VMBusy)
-	session := m.office.latest().Session
-	first.kill(t)
-	if len(processtest.Find(t, filepath.Join(m.dir, "clones", "aaaaaaaa"))) == 0 {
-		t.Fatal("the machine went with the agent")
-	}
-	second := m.child(t)
-	m.office.await(t, "the next agent reports the job", func() bool {
-		return m.office.last.Session != session && len(m.office.last.VMs) == 1 && m.office.last.VMs[0].State == fleet.VMBusy
-	})
-	if err := os.WriteFile(end, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if r := m.office.awaitState(t, "aaaaaaaa", fleet.VMDone); r.Reason != "runner exited 0" || r.Failed || m.runs("aaaaaaaa") != 1 {
-		t.Errorf("%+v after %d runs", r, m.runs("aaaaaaaa"))
-	}
-	m.office.await(t, "it leaves the journal", func() bool { return m.office.gone["aaaaaaaa"] })
-	second.stop(t)
-	m.checkEmpty(t)
-}
