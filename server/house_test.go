@@ -42,6 +42,8 @@ type house struct {
 	key    access.Key
 	log    *syncBuffer
 
+	annsToken string // of an operator, once a test needs one
+
 	mu  sync.Mutex
 	now time.Time
 }

@@ -103,6 +103,9 @@ func upgrade(do func(*Server, *gin.Context, call) (then func(), err error)) func
 			began := time.Now()
 			var parked time.Duration
 			to := call{id: c.Param("id"), query: c.Request.URL.Query(), now: s.c.Now(), parked: &parked}
+			// As for every route: the body of one who is refused net/http reads, and that ends.
+			control := http.NewResponseController(c.Writer)
+			_ = control.SetReadDeadline(began.Add(s.bodyTime))
 			then, err := func() (func(), error) {
 				var err error
 				if to.who, err = s.identify(c.Request, r.needs, to.now); err != nil {
@@ -142,6 +145,7 @@ func (s *Server) vmSession(c *gin.Context, to call) (func(), error) {
 	if !upgrades(c) {
 		return nil, noUpgrade(c)
 	}
+	_ = http.NewResponseController(c.Writer).SetReadDeadline(time.Time{}) // else it would end the waiting
 	far, err := s.meet(ctx, asked, to.parked)
 	if err != nil {
 		return nil, err
@@ -157,7 +161,7 @@ func (s *Server) vmSession(c *gin.Context, to call) (func(), error) {
 		return nil, errors.Join(err, far.Close())
 	}
 	watched := context.WithoutCancel(ctx) // net/http ends its context with the handler, not with the connection
-	return func() { s.splice(watched, near, far, asked) }, nil
+	return func() { s.splice(watched, near, far, asked, to.who.ID) }, nil
 }
 
 // what names a session's purpose for people.
@@ -287,13 +291,10 @@ func (s *Server) readWhy(c *gin.Context) (*api.Error, error) {
 	if upgrades(c) {
 		return nil, nil
 	}
-	control := http.NewResponseController(c.Writer)
-	_ = control.SetReadDeadline(time.Now().Add(s.bodyTime))
 	var why api.Error
 	if err := decode(http.MaxBytesReader(c.Writer, c.Request.Body, maxBody), &why); err != nil {
 		return nil, err
 	}
-	_ = control.SetReadDeadline(time.Time{})
 	if why.Message == "" {
 		return nil, noUpgrade(c)
 	}

@@ -47,8 +47,10 @@ func upgrades(c *gin.Context) bool {
 }
 
 func noUpgrade(c *gin.Context) error {
-	c.Header("Upgrade", api.StreamProtocol)
-	c.Header("Connection", "Upgrade")
+	if c.Request.ProtoMajor == 1 { // HTTP/2 has no such headers
+		c.Header("Upgrade", api.StreamProtocol)
+		c.Header("Connection", "Upgrade")
+	}
 	return refusal(http.StatusUpgradeRequired, "this call becomes a raw stream", "send it by HTTP/1.1 with Connection: Upgrade and Upgrade: "+api.StreamProtocol+"; a proxy in between has to pass these")
 }
 
@@ -67,7 +69,7 @@ func take(c *gin.Context) (*stream, error) {
 	}
 	var early []byte
 	if err == nil {
-		early, err = buffered.Reader.Peek(buffered.Reader.Buffered())
+		early, err = buffered.Peek(buffered.Reader.Buffered())
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("switch to a stream: %w", err), conn.Close())
@@ -76,9 +78,9 @@ func take(c *gin.Context) (*stream, error) {
 }
 
 // splice copies between a person and a node until both directions have ended, one of
-// them broke, the VM ended or the server drains; then both are closed. An idle session
-// stays: TCP's keep-alive finds peers that are gone.
-func (s *Server) splice(ctx context.Context, near, far *stream, p store.Pending) {
+// them broke, the VM ended, the person's token was revoked or the server drains; then
+// both are closed. An idle session stays: TCP's keep-alive finds peers that are gone.
+func (s *Server) splice(ctx context.Context, near, far *stream, p store.Pending, token string) {
 	began := time.Now()
 	s.metrics.sessions.Inc()
 	defer s.metrics.sessions.Dec()
@@ -115,8 +117,8 @@ func (s *Server) splice(ctx context.Context, near, far *stream, p store.Pending)
 				why = "one side had ended and the other was silent"
 				cut()
 			}
-			if s.vmEnded(ctx, &p) {
-				why = "the VM ended"
+			if over := s.over(ctx, &p, token); over != "" {
+				why = over
 				cut()
 			}
 		case <-drain:
@@ -154,13 +156,22 @@ func pour(to, from *stream, moved *atomic.Int64) error {
 	}
 }
 
-// vmEnded reports whether a session's VM is over. A store that is away or was emptied
-// says nothing about it.
-func (s *Server) vmEnded(ctx context.Context, p *store.Pending) bool {
+// over says why a session may not go on, "" if it may. A store that is away or was
+// emptied says nothing about its VM.
+func (s *Server) over(ctx context.Context, p *store.Pending, token string) string {
+	ledger, err := s.ledger.get(ctx, s.c.Now())
+	if err != nil {
+		return ""
+	}
+	if _, revoked := ledger.Revoked[token]; revoked {
+		return "its token was revoked"
+	}
 	view, err := s.c.Store.View(ctx)
 	if err != nil {
-		return false
+		return ""
 	}
-	vm := view.VMs[p.VM]
-	return vm != nil && vm.State.Final() || vm == nil && view.Nodes[p.Node] != nil
+	if vm := view.VMs[p.VM]; vm != nil && vm.State.Final() || vm == nil && view.Nodes[p.Node] != nil {
+		return "the VM ended"
+	}
+	return ""
 }
