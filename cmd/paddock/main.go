@@ -69,7 +69,7 @@ soonest, starts an ephemeral VM with a just-in-time runner there, and destroys i
 	flags.BoolVar(&g.debug, "debug", false, "log more")
 	root.AddCommand(
 		upCommand(g), controllerCommand(g), nodeCommand(g), configCommand(g),
-		nodesCommand(g), vmCommand(g), imageCacheCommand(g), jobCommand(g), tokenCommand(g),
+		nodesCommand(g), vmCommand(g), imageCacheCommand(g), imageCommand(g), jobCommand(g), tokenCommand(g), macsmokeCommand(g),
 		versionCommand(), roleCommand(parts.HelperRole), roleCommand(parts.GuestRole),
 	)
 	complete(root, "output", outputs...)

@@ -58,6 +58,9 @@ func answer(name string) func(context.Context, *trial) (string, error) {
 			detail = "version " + hello.Version
 			return err
 		})
+		if errors.Is(err, vm.ErrUnsupported) { // no reason to skip what all the rest stands on
+			err = fmt.Errorf("these machines cannot be reached so: %s", oneLine(err))
+		}
 		return detail, err
 	}
 }

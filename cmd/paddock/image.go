@@ -1,0 +1,155 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/paddock-ci/paddock/cmd/internal/config"
+	"github.com/paddock-ci/paddock/vm"
+	"github.com/paddock-ci/paddock/vm/vz"
+)
+
+// onMacs is what people can do about a command for Macs on another host.
+const onMacs = "run it on an Apple Silicon Mac, with a program built there: make build sign"
+
+func imageCommand(g *globals) *cobra.Command {
+	cmd := &cobra.Command{Use: "image", Short: "Images of machines, as directories"}
+	cmd.AddCommand(imageCreateCommand(g, vz.Install))
+	return cmd
+}
+
+// latest is the value of --ipsw that stands for no file.
+const latest = "latest"
+
+// imageCreateCommand makes images by install, which is vz's but for tests.
+func imageCreateCommand(g *globals, install func(context.Context, vz.InstallConfig) error) *cobra.Command {
+	var (
+		c            vz.InstallConfig
+		disk, memory config.Size
+	)
+	cmd := &cobra.Command{
+		Use: "create DIR", Short: "Install macOS into a new image", Args: cobra.ExactArgs(1),
+		Long: `Install macOS from one of Apple's restore images (IPSW) into DIR, which is made: disk.img,
+nvram.bin and config.json. It runs on an Apple Silicon Mac only, takes 10 to 30 minutes, and
+needs a free machine slot. With --ipsw latest the newest restore image that this Mac can run is
+fetched first, about 15 GB, and removed afterwards.
+
+The system is as Apple ships it: its first boot asks for language and account. A stock image
+from a registry has that behind it, and an account that lets Paddock in.`,
+		Example: "paddock image create --ipsw latest --disk 80GB ~/images/macos",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			switch {
+			case c.IPSW == "":
+				return usage("--ipsw latest, or the path of a restore image", "%s needs --ipsw", cmd.CommandPath())
+			case c.CPU < 0:
+				return usage("leave it out for what macOS needs", "%d cores", c.CPU)
+			}
+			dir, err := filepath.Abs(args[0])
+			if err != nil {
+				return err
+			}
+			c.Dir, c.DiskSize, c.Memory = dir, int64(disk), int64(memory)
+			if c.IPSW == latest {
+				c.IPSW = ""
+			} else if _, err := os.Stat(c.IPSW); err != nil {
+				return usage("the path of a restore image, or latest", "no restore image: %v", err)
+			}
+			ctx, _, end := untilSignal(cmd.Context())
+			defer end()
+			return createImage(ctx, cmd, g, install, c)
+		},
+	}
+	cmd.Flags().StringVar(&c.IPSW, "ipsw", "", "restore image: a file, or latest (needed)")
+	cmd.Flags().Var(&disk, "disk", "size of the image's disk, of which only what is written takes room (default 64GB)")
+	cmd.Flags().IntVar(&c.CPU, "cpu", 0, "cores of the image's machines (default 4, or what the system needs)")
+	cmd.Flags().Var(&memory, "memory", "memory of the image's machines (default 8GiB, or what the system needs)")
+	return cmd
+}
+
+// createImage shows how an installation goes, on standard error, and what it made.
+func createImage(ctx context.Context, cmd *cobra.Command, g *globals, install func(context.Context, vz.InstallConfig) error, c vz.InstallConfig) error {
+	start := time.Now()
+	bar := newProgress(cmd.ErrOrStderr(), start)
+	if g.output != "json" {
+		c.Progress = bar.tell
+	}
+	err := install(ctx, c)
+	bar.end()
+	switch {
+	case errors.Is(err, vz.ErrPlatform):
+		return usage(onMacs, "%s needs an Apple Silicon Mac", cmd.CommandPath())
+	case err != nil && ctx.Err() != nil:
+		return fmt.Errorf("interrupted: %w", err)
+	case err != nil:
+		return err
+	}
+	info, err := os.Stat(filepath.Join(c.Dir, vm.DiskFile))
+	if err != nil {
+		return fmt.Errorf("looking at what was made: %w", err)
+	}
+	made, err := vm.ReadConfig(c.Dir)
+	if err != nil {
+		return fmt.Errorf("looking at what was made: %w", err)
+	}
+	if g.output == "json" {
+		return writeJSON(cmd.OutOrStdout(), map[string]any{
+			"dir": c.Dir, "disk": info.Size(), "cpu": made.CPUCount, "memory": made.MemorySize, "seconds": time.Since(start).Round(time.Second).Seconds(),
+		})
+	}
+	_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: a disk of %s, %s, %s of memory, made in %s\n",
+		c.Dir, size(info.Size()), count(made.CPUCount, "core"), size(made.MemorySize), short(time.Since(start)))
+	return err
+}
+
+// progress shows how much of something is done: a bar on a terminal, else a line for
+// every tenth part, for a log.
+type progress struct {
+	w        io.Writer
+	terminal bool
+	start    time.Time
+	shown    int // tenths or, on a terminal, thousandths; -1: nothing yet
+}
+
+func newProgress(w io.Writer, start time.Time) *progress {
+	f, ok := w.(*os.File)
+	return &progress{w: w, terminal: ok && term.IsTerminal(int(f.Fd())), start: start, shown: -1}
+}
+
+// tell is called with the part that is done, 0 to 1.
+func (p *progress) tell(done float64) {
+	steps := 10
+	if p.terminal {
+		steps = 1000
+	}
+	now := int(done * float64(steps))
+	if now <= p.shown {
+		return
+	}
+	p.shown = now
+	left := ""
+	if spent := time.Since(p.start); done > 0.01 && done < 1 { // before, it is a guess
+		left = ", about " + short(time.Duration(float64(spent)/done*(1-done))) + " left"
+	}
+	if !p.terminal {
+		fmt.Fprintf(p.w, "%d%%%s\n", int(done*100), left)
+		return
+	}
+	const width = 40 // of the bar
+	bar := fmt.Sprintf("%-*s", width, fmt.Sprintf("%.*s", int(done*width), "########################################"))
+	fmt.Fprintf(p.w, "\r[%s] %3d%%%s\x1b[K", bar, int(done*100), left) // and nothing of a longer line before
+}
+
+// end leaves the terminal's line.
+func (p *progress) end() {
+	if p.terminal && p.shown >= 0 {
+		fmt.Fprintln(p.w)
+	}
+}

@@ -1,0 +1,313 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/paddock-ci/paddock/cmd/internal/config"
+	"github.com/paddock-ci/paddock/cmd/internal/parts"
+	"github.com/paddock-ci/paddock/cmd/internal/smoke"
+	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/vm"
+	"github.com/paddock-ci/paddock/vm/helper"
+	"github.com/paddock-ci/paddock/vm/vz"
+)
+
+// mac answers as the programs of a Mac do that is all it should be. Keys are command
+// lines without the path of this program.
+func mac(t *testing.T) map[string]string {
+	t.Helper()
+	me, err := user.Current()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return map[string]string{
+		"sysctl -n hw.model machdep.cpu.brand_string hw.ncpu": "Mac16,10\nApple M4\n10",
+		"sysctl -n kern.hv_support":                           "1",
+		"sysctl -n hw.memsize":                                "25769803776",
+		"sw_vers -productVersion":                             "15.5",
+		"sw_vers -buildVersion":                               "24F74",
+		"codesign -d --entitlements - --xml":                  "Executable=/usr/local/bin/paddock\n<plist version=\"1.0\"><dict><key>com.apple.security.virtualization</key><true/></dict></plist>",
+		"security show-keychain-info":                         "Keychain \"<NULL>\" no-timeout",
+		"stat -f %Su /dev/console":                            me.Username,
+		"launchctl managername":                               "Aqua",
+		"ps -axww -o pid=,command=":                           "    1 /sbin/launchd\n  345 /bin/zsh -c " + vmService,
+	}
+}
+
+// runs is a Mac's programs; what it does not know fails.
+func runs(answers map[string]string) runner {
+	return func(_ context.Context, name string, args ...string) (string, error) {
+		line := strings.Join(append([]string{name}, args...), " ")
+		if name == "codesign" {
+			line = strings.Join(append([]string{name}, args[:len(args)-1]...), " ")
+		}
+		said, ok := answers[line]
+		if !ok {
+			return "", errors.New("exit status 1")
+		}
+		return said, nil
+	}
+}
+
+func TestMacHost(t *testing.T) {
+	for _, p := range []struct{ name, question, answer, row, detail, advice string }{
+		{"all is well", "", "", "", "", ""},
+		{"a Mac in a Mac", "sysctl -n kern.hv_support", "0", "virtualization", `kern.hv_support is "0"`, "a machine itself"},
+		{"an old system", "sw_vers -productVersion", "12.7.1", "macOS", "macOS 12.7.1", "update"},
+		{"no signature", "codesign -d --entitlements - --xml", "Executable=/paddock", "entitlement", "is not signed with com.apple", "make sign"},
+		{"nobody at the screen", "stat -f %Su /dev/console", "_windowserver", "session", "the screen is _windowserver's", "log in at the screen"},
+		{"a node runs", "ps -axww -o pid=,command=", "77 /System/Library/Frameworks/Virtualization.framework/Versions/A/XPCServices/" + vmService + ".xpc/Contents/MacOS/" + vmService, "other machines", "1 machine run", "also a node's"},
+		{"a locked keychain", "security show-keychain-info", "fails", "login keychain", "locked", "unlock-keychain"},
+	} {
+		t.Run(p.name, func(t *testing.T) {
+			answers := mac(t)
+			if p.question != "" {
+				answers[p.question] = p.answer
+			}
+			if p.answer == "fails" {
+				delete(answers, p.question)
+			}
+			for _, r := range macHost(t.Context(), runs(answers), "/usr/local/bin/paddock", t.TempDir()) {
+				switch {
+				case r.Step == p.row:
+					if r.Outcome != smoke.Failed || !strings.Contains(r.Detail, p.detail) || !strings.Contains(r.Advice, p.advice) {
+						t.Errorf("%+v, want it failed with %q and advice %q", r, p.detail, p.advice)
+					}
+				case r.Outcome != smoke.OK && r.Step != "free disk": // this host's own
+					t.Errorf("%+v", r)
+				}
+			}
+		})
+	}
+}
+
+// smokeImage is an image that processes boot of.
+func smokeImage(t *testing.T, system string) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "image")
+	config := `{"version": 1, "os": "` + system + `", "arch": "arm64"}`
+	if system == "darwin" {
+		config = `{"version": 1, "os": "darwin", "arch": "arm64", "ecid": "ZWNpZA==", "hardwareModel": "bW9kZWw="}`
+	}
+	if err := errors.Join(os.Mkdir(dir, 0o700), os.WriteFile(filepath.Join(dir, vm.DiskFile), []byte("disk"), 0o600),
+		os.WriteFile(filepath.Join(dir, vm.ConfigFile), []byte(config), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// smokeOn runs the command's inside on machines of the process driver, in helpers as in
+// production, and returns what it prints.
+func smokeOn(t *testing.T, output string, f *smokeFlags, plant func(*smokeParts)) (string, error) {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("/tmp", "macsmoke") // short, for sockets
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	driver, err := helper.New(helper.Config{Command: []string{self, parts.HelperRole, "-driver", config.DriverProcess}, Dir: filepath.Join(dir, "run")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := smokeParts{driver: driver, run: runs(mac(t)), self: self, keys: filepath.Join(dir, "keys")}
+	p.left = func(ctx context.Context) ([]string, error) { return machinesHere(ctx, p.run, driver) }
+	if plant != nil {
+		plant(&p)
+	}
+	var out, progress bytes.Buffer
+	cmd := &cobra.Command{}
+	cmd.SetOut(&out)
+	cmd.SetErr(&progress)
+	err = trySmoke(t.Context(), cmd, &globals{output: output}, f, p)
+	if output == "json" && progress.Len() > 0 {
+		t.Errorf("it says %q beside JSON", &progress)
+	}
+	if left, listing := driver.List(); len(left) > 0 || listing != nil {
+		t.Errorf("left over: %v (%v)", left, listing)
+	}
+	for _, at := range []string{f.dir, filepath.Dir(f.image)} {
+		if left, _ := filepath.Glob(filepath.Join(at, "paddock-smoke-*")); len(left) > 0 {
+			t.Errorf("left over: %v", left)
+		}
+	}
+	return out.String(), err
+}
+
+func TestMacsmoke(t *testing.T) {
+	f := &smokeFlags{image: smokeImage(t, "linux"), bootstrap: string(fleet.BootstrapAgent)}
+	text, err := smokeOn(t, "json", f, nil)
+	if err != nil {
+		t.Errorf("%v\n%s", err, text)
+	}
+	var r smokeReport
+	if err := json.Unmarshal([]byte(text), &r); err != nil {
+		t.Fatal(err)
+	}
+	by := map[string]smoke.Result{}
+	for _, s := range r.Steps {
+		by[s.Step] = s
+	}
+	for _, name := range []string{"boot", "answer", "command", "clock", "destroy", "boot again", "leftovers"} {
+		if by[name].Outcome != smoke.OK {
+			t.Errorf("%+v", by[name])
+		}
+	}
+	for _, name := range []string{"save", "resume", "one too many"} { // processes can do neither
+		if by[name].Outcome != smoke.Skipped {
+			t.Errorf("%+v, want it skipped", by[name])
+		}
+	}
+	if len(r.Host) != len(macFacts) || r.Image != f.image || time.Since(r.At) > time.Hour {
+		t.Errorf("the report's head is %+v", r)
+	}
+}
+
+// What fails shows itself in the report, in what to do and in the exit status.
+func TestMacsmokeFails(t *testing.T) {
+	// Processes have no limit, as the framework has for macOS: a third machine boots.
+	text, err := smokeOn(t, "table", &smokeFlags{image: smokeImage(t, "darwin"), bootstrap: string(fleet.BootstrapAgent), dir: t.TempDir()}, nil)
+	if err == nil || exitStatus(err) != exitFailed || !strings.Contains(err.Error(), "1 check failed") {
+		t.Errorf("it ends with %v\n%s", err, text)
+	}
+	for _, want := range []string{"STEP ", "HOST ", "machine 3 of 2 boots", "the limit is not seen as one", "Mac16,10, Apple M4, 10 cores"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("it says\n%s\nwant %q", text, want)
+		}
+	}
+	// Nobody serves SSH in a process: the wrong bootstrap.
+	text, err = smokeOn(t, "table", &smokeFlags{image: smokeImage(t, "linux"), bootstrap: string(fleet.BootstrapSSH), user: "admin"}, nil)
+	if err == nil || !strings.Contains(text, "cannot be reached so: ") {
+		t.Errorf("by SSH it ends with %v\n%s", err, text)
+	}
+	// The host alone.
+	text, err = smokeOn(t, "table", &smokeFlags{}, func(p *smokeParts) { p.run = runs(nil) })
+	if err == nil || exitStatus(err) != exitFailed || !strings.Contains(text, "give --image or --linux") || !strings.Contains(text, "make sign") {
+		t.Errorf("of the host alone it says\n%s\n%v", text, err)
+	}
+	// No image there.
+	if text, err = smokeOn(t, "table", &smokeFlags{image: filepath.Join(t.TempDir(), "none"), bootstrap: string(fleet.BootstrapAgent)}, nil); err == nil {
+		t.Errorf("without an image it says\n%s", text)
+	}
+}
+
+// A kernel and an initial RAM disk become an image that a driver finds them in.
+func TestLinuxImage(t *testing.T) {
+	dir := t.TempDir()
+	want := map[string]string{"vmlinuz": strings.Repeat("kernel", 1<<18), "initrd": "ram disk"}
+	for name, text := range want {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	image := filepath.Join(dir, "image")
+	if err := linuxImage(image, filepath.Join(dir, "vmlinuz")+","+filepath.Join(dir, "initrd")); err != nil {
+		t.Fatal(err)
+	}
+	c, err := vm.ReadConfig(image)
+	if err != nil || c.OS != "linux" {
+		t.Fatalf("%+v, %v", c, err)
+	}
+	kernel, initrd, err := vm.BootFiles(image, c.Boot)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]string{kernel: want["vmlinuz"], initrd: want["initrd"]} {
+		if got, err := os.ReadFile(path); err != nil || string(got) != want {
+			t.Errorf("%s has %d bytes, want %d (%v)", path, len(got), len(want), err)
+		}
+	}
+}
+
+func TestSmokeFlags(t *testing.T) {
+	for _, p := range []struct {
+		flags        smokeFlags
+		system, arch string
+		want         string // in the error; else the bootstrap
+	}{
+		{smokeFlags{}, "linux", "amd64", "needs an Apple Silicon Mac, this is linux/amd64"},
+		{smokeFlags{}, "darwin", "amd64", "needs an Apple Silicon Mac"},
+		{smokeFlags{image: "a", linux: "b,c"}, "darwin", "arm64", "two guests"},
+		{smokeFlags{linux: "b"}, "darwin", "arm64", "does not name two files"},
+		{smokeFlags{bootstrap: "telnet"}, "darwin", "arm64", `unknown bootstrap "telnet"`},
+		{smokeFlags{image: "a"}, "darwin", "arm64", "ssh"},
+		{smokeFlags{linux: "b,c"}, "darwin", "arm64", "agent"},
+	} {
+		err := p.flags.check(p.system, p.arch)
+		if err == nil && p.flags.bootstrap != p.want || err != nil && (!strings.Contains(err.Error(), p.want) || exitStatus(err) != exitUsage) {
+			t.Errorf("%+v on %s/%s: %v, want %q", p.flags, p.system, p.arch, err, p.want)
+		}
+	}
+}
+
+// install makes what vz.Install does, in no time.
+func install(_ context.Context, c vz.InstallConfig) error {
+	if c.Progress != nil {
+		for _, done := range []float64{0, 0.05, 0.1, 0.11, 0.5, 1} {
+			c.Progress(done)
+		}
+	}
+	return errors.Join(os.Mkdir(c.Dir, 0o700), os.WriteFile(filepath.Join(c.Dir, vm.DiskFile), make([]byte, 1000), 0o600),
+		os.WriteFile(filepath.Join(c.Dir, vm.ConfigFile), []byte(`{"version":1,"os":"linux","cpuCount":4,"memorySize":8589934592}`), 0o600))
+}
+
+func TestImageCreate(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "image")
+	run := func(output string, install func(context.Context, vz.InstallConfig) error, args ...string) (string, string, error) {
+		var out, progress bytes.Buffer
+		cmd := imageCreateCommand(&globals{output: output}, install)
+		cmd.SilenceUsage, cmd.SilenceErrors = true, true
+		cmd.SetOut(&out)
+		cmd.SetErr(&progress)
+		cmd.SetArgs(args)
+		err := cmd.ExecuteContext(t.Context())
+		return out.String(), progress.String(), err
+	}
+	var asked vz.InstallConfig
+	out, progress, err := run("table", func(ctx context.Context, c vz.InstallConfig) error { asked = c; return install(ctx, c) },
+		"--ipsw", "latest", "--disk", "80GB", "--cpu", "4", "--memory", "8GiB", dir)
+	if err != nil || !strings.Contains(out, dir+": a disk of 1.0 kB, 4 cores, 8.6 GB of memory, made in ") {
+		t.Errorf("it says %q, %v", out, err)
+	}
+	if asked.IPSW != "" || asked.Dir != dir || asked.DiskSize != 80e9 || asked.CPU != 4 || asked.Memory != 8<<30 {
+		t.Errorf("it asks for %+v", asked)
+	}
+	if lines := strings.Split(strings.TrimSpace(progress), "\n"); len(lines) != 4 || lines[0] != "0%" || lines[3] != "100%" || !strings.HasPrefix(lines[1], "10%, about ") {
+		t.Errorf("its progress is %q", lines)
+	}
+	out, progress, err = run("json", install, "--ipsw", dir+"/"+vm.DiskFile, dir+"2")
+	if err != nil || progress != "" || !strings.Contains(out, `"disk": 1000`) {
+		t.Errorf("as JSON it says %q, %q, %v", out, progress, err)
+	}
+	for _, p := range []struct {
+		install func(context.Context, vz.InstallConfig) error
+		args    []string
+		status  int
+		want    string
+	}{
+		{func(context.Context, vz.InstallConfig) error { return vz.ErrPlatform }, []string{"--ipsw", "latest", dir + "3"}, exitUsage, "Apple Silicon Mac"},
+		{install, []string{dir + "4"}, exitUsage, "--ipsw"},
+		{install, []string{"--ipsw", "no/such.ipsw", dir + "5"}, exitUsage, "no restore image"},
+		{install, []string{"--ipsw", "latest", "--disk", "80", dir + "6"}, exitFailed, "not a size"}, // usage, where the whole tree is strict
+		{install, []string{"--ipsw", "latest", "--cpu", "-1", dir + "7"}, exitUsage, "-1 cores"},
+		{func(context.Context, vz.InstallConfig) error { return vm.ErrAtCapacity }, []string{"--ipsw", "latest", dir + "8"}, exitFailed, "slot"},
+	} {
+		if _, _, err := run("table", p.install, p.args...); err == nil || exitStatus(err) != p.status || !strings.Contains(err.Error(), p.want) {
+			t.Errorf("%q: %v, want %q with status %d", p.args, err, p.want, p.status)
+		}
+	}
+}
