@@ -27,7 +27,7 @@ var _ vm.Driver = (*Driver)(nil)
 // New makes a driver.
 func New(c Config) (*Driver, error) {
 	if c.Leases == "" {
-		c.Leases = "/var/db/dhcpd_leases"
+		c.Leases = vm.LeasesFile
 	}
 	if c.CloneFile == nil {
 		c.CloneFile = copyFile
@@ -39,8 +39,8 @@ func New(c Config) (*Driver, error) {
 	return d, nil
 }
 
-// Times that are waited for what nobody else bounds.
-const (
+// Times that are waited for what nobody else bounds; variables for the tests.
+var (
 	// endTime is how long the framework is given to stop a machine that did not come up,
 	// or to let one run on that was saved. It does both within a second.
 	endTime = 30 * time.Second

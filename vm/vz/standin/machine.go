@@ -70,14 +70,14 @@ func (v *VirtualMachine) StateChangedNotify() <-chan VirtualMachineState { retur
 // set changes the state; v.mu is held.
 func (v *VirtualMachine) set(s VirtualMachineState) {
 	v.state = s
-	v.notify <- s
-	v.changed.Broadcast()
 	if s == VirtualMachineStateStopped || s == VirtualMachineStateError {
 		if v.guest != nil {
 			v.guest.end()
 		}
-		world.leave(v)
+		world.leave(v) // the slot is free before anybody is told
 	}
+	v.notify <- s
+	v.changed.Broadcast()
 }
 
 // move goes from one of some states to another, or says why not.
