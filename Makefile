@@ -14,6 +14,8 @@ LINT    := .cache/golangci-lint
 VULN    := .cache/govulncheck
 STAT    := .cache/benchstat
 VERDICT := .cache/verdict
+DARWIN  := .cache/darwincheck
+API     := .cache/apicheck
 
 # The modules that are tested and linted: the product, the end-to-end tests, the tools.
 MODULES := . $(patsubst %/go.mod,%,$(wildcard e2e/go.mod)) tools
@@ -64,7 +66,7 @@ e2e: packages $(VERDICT) ## run only the end-to-end tests, with a real runner
 	$(VERDICT) -dir e2e -- -race -timeout 9m -v ./...
 
 .PHONY: lint
-lint: $(LINT) ## linters, floors, formatting, checksums, and a build for macOS
+lint: $(LINT) darwin ## linters, floors, formatting, checksums, and a build for macOS
 	@unformatted=$$(gofmt -l .) && test -z "$$unformatted" || { echo "gofmt these: $$unformatted" >&2; exit 1; }
 	@for module in $(MODULES); do \
 		echo "golangci-lint run ($$module)"; \
@@ -73,6 +75,16 @@ lint: $(LINT) ## linters, floors, formatting, checksums, and a build for macOS
 	go test -count 1 .
 	go mod verify
 	GOOS=darwin GOARCH=arm64 CGO_ENABLED=0 go build ./...
+
+.PHONY: darwin
+darwin: $(DARWIN) $(API) ## check the code for Macs on any system: types, analysers, and the stand-in's API
+	$(DARWIN)
+	$(API)
+
+.PHONY: sign
+sign: ## on a Mac: sign bin/paddock, or the framework refuses it every machine
+	@test "$$(uname -s)" = Darwin || { echo "sign: signatures are made on macOS" >&2; exit 2; }
+	codesign --force --sign - --entitlements cmd/paddock/paddock.entitlements bin/paddock
 
 .PHONY: bench
 bench: packages $(STAT) ## run the benchmarks (COUNT=5 for a spread); figures go to .cache/bench.txt
@@ -107,3 +119,6 @@ $(STAT): tools/go.mod tools/go.sum
 
 $(VERDICT): $(wildcard tools/verdict/*.go)
 	go build -C tools -o ../$@ ./verdict
+
+$(DARWIN) $(API): .cache/%: tools/go.mod tools/go.sum $(wildcard tools/darwincheck/*.go tools/apicheck/*.go tools/foreign/*.go)
+	go build -C tools -o ../$@ ./$*
