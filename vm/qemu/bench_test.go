@@ -21,10 +21,12 @@ import (
 func bare(b *testing.B) time.Duration {
 	b.Helper()
 	i := image(b, "arm64")
-	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
 	if err != nil {
 		b.Fatal(err)
 	}
+	syscall.CloseOnExec(fds[0]) // macOS has no flag for it
+	syscall.CloseOnExec(fds[1])
 	ours, theirs := os.NewFile(uintptr(fds[0]), "ours"), os.NewFile(uintptr(fds[1]), "theirs")
 	conn, err := net.FileConn(ours)
 	if err != nil {
