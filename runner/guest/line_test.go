@@ -23,8 +23,9 @@ type port struct {
 
 	mu   sync.Mutex
 	cond *sync.Cond
-	host net.Conn // our end of the present host's connection; nil: none
-	left int      // bytes that the guest may send before it is cut; < 0: all
+	host net.Conn      // our end of the present host's connection; nil: none
+	last chan struct{} // closed when all that it sent has arrived
+	left int           // bytes that the guest may send before it is cut; < 0: all
 	shut bool
 }
 
@@ -42,11 +43,16 @@ func (p *port) attach(toGuest, toHost int) net.Conn {
 	if p.host != nil {
 		_ = p.host.Close()
 	}
-	p.host, p.left = ours, toHost
+	before, arrived := p.last, make(chan struct{})
+	p.host, p.left, p.last = ours, toHost, arrived
 	p.cond.Broadcast()
 	p.mu.Unlock()
 	go func() {
+		defer close(arrived)
 		defer p.detach(ours)
+		if before != nil {
+			<-before // no stream mixes what two hosts sent
+		}
 		buf := make([]byte, 4096)
 		for toGuest != 0 {
 			size := len(buf)
@@ -474,4 +480,3 @@ func BenchmarkHello(b *testing.B) {
 		})
 	}
 }
-
