@@ -39,3 +39,6 @@ func marked(mark string) ([]int, error) {
 	}
 	return pids, nil
 }
+
+// closeOnExec: darwin has no such flag; there are no shares on darwin.
+const closeOnExec = 0

@@ -54,3 +54,6 @@ func marked(mark string) ([]int, error) {
 	}
 	return pids, nil
 }
+
+// closeOnExec keeps a socket from being inherited by what else is started.
+const closeOnExec = unix.SOCK_CLOEXEC

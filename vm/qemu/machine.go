@@ -31,6 +31,7 @@ type machine struct {
 	owner   *owner
 	monitor *monitor
 	port    *port
+	shares  []*share
 	line    *guest.Line
 	printed chan error    // the end of the console
 	opened  chan struct{} // closed when the guest has opened its port
@@ -46,54 +47,109 @@ type machine struct {
 	reason  atomic.Value  // of QEMU's end, in QEMU's word: a string
 }
 
-// launch starts QEMU; the caller calls live.
+// streams are our ends of what QEMU inherits, and its own.
+type streams struct {
+	monitor, console, port *net.UnixConn
+	theirs                 []*os.File
+}
+
+// openStreams makes them; close both sides' after a failure, theirs in any case.
+func openStreams() (s streams, err error) {
+	for _, e := range []struct {
+		ours **net.UnixConn
+		what string
+	}{{&s.monitor, "QEMU's monitor"}, {&s.console, "the console"}, {&s.port, "the guest's port"}} {
+		ours, theirs, err := pair(e.what)
+		if err != nil {
+			s.close()
+			s.closeTheirs()
+			return streams{}, err
+		}
+		*e.ours, s.theirs = ours, append(s.theirs, theirs)
+	}
+	return s, nil
+}
+
+func (s streams) close() {
+	for _, c := range []*net.UnixConn{s.monitor, s.console, s.port} {
+		if c != nil {
+			_ = c.Close()
+		}
+	}
+}
+
+func (s streams) closeTheirs() {
+	for _, f := range s.theirs {
+		_ = f.Close()
+	}
+}
+
+// launch starts QEMU and what serves its shares; the caller calls live.
 func launch(ctx context.Context, p *plan, clone func(ctx context.Context, src, dst string) error, log *slog.Logger) (_ *machine, err error) {
-	var undo []func()
-	defer func() {
-		for _, f := range undo {
-			if err != nil {
-				f()
-			}
-		}
-	}()
-	var ours [3]*net.UnixConn
-	var theirs [3]*os.File
-	for i, what := range []string{"QEMU's monitor", "the console", "the guest's port"} {
-		if ours[i], theirs[i], err = pair(what); err != nil {
-			return nil, err
-		}
-		undo = append(undo, func() { _ = ours[i].Close() })
-		defer func() { _ = theirs[i].Close() }() // the child has its own
-	}
-	screen, err := openConsole(p.spec.Dir)
-	if err != nil {
-		return nil, err
-	}
-	undo = append(undo, func() { _ = screen.file.Close() })
-	args, err := p.args(3, 4, 5) // where ExtraFiles begin
-	if err != nil {
-		return nil, err
-	}
-	cmd := exec.CommandContext(context.WithoutCancel(ctx), p.program.path, args...)
-	cmd.Dir = p.spec.Dir
-	cmd.Env = append(vm.ChildEnv(), markEnv+"="+p.spec.Dir)
-	cmd.ExtraFiles = theirs[:]
 	m := &machine{
 		plan: p, clone: clone, log: log,
 		printed: make(chan error, 1), opened: make(chan struct{}), saving: make(chan struct{}, 1),
 		ending: make(chan struct{}), done: make(chan struct{}),
 	}
-	if m.owner, err = own(cmd); err != nil {
+	defer func() {
+		if err != nil {
+			m.endShares()
+		}
+	}()
+	screen, err := openConsole(p.spec.Dir)
+	if err != nil {
 		return nil, err
+	}
+	s, err := openStreams()
+	if err != nil {
+		return nil, errors.Join(err, screen.file.Close())
+	}
+	defer s.closeTheirs() // the child has its own
+	if err = m.start(ctx, s.theirs); err != nil {
+		s.close()
+		return nil, errors.Join(err, screen.file.Close())
 	}
 	m.saving <- struct{}{}
 	m.destroy = sync.OnceFunc(func() { close(m.ending) })
 	open := sync.OnceFunc(func() { close(m.opened) })
-	m.monitor = newMonitor(ours[0], func(e message) { m.happened(e, open) })
-	go func() { m.printed <- screen.copy(ours[1]) }()
-	m.port = newPort(m.monitor, ours[2])
+	m.monitor = newMonitor(s.monitor, func(e message) { m.happened(e, open) })
+	go func() { m.printed <- screen.copy(s.console) }()
+	m.port = newPort(m.monitor, s.port)
 	m.line = guest.NewLine(m.port.open)
 	return m, nil
+}
+
+// start starts the processes; inherited are QEMU's ends of the streams.
+func (m *machine) start(ctx context.Context, inherited []*os.File) error {
+	p := m.plan
+	for _, mount := range p.spec.Mounts {
+		s, err := openShare(ctx, p.shares, mount, p.spec.Dir)
+		if err != nil {
+			return err
+		}
+		m.shares, inherited = append(m.shares, s), append(inherited, s.conn)
+	}
+	args, err := p.args(3, 4, 5) // where ExtraFiles begin
+	if err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), p.program.path, args...)
+	cmd.Dir = p.spec.Dir
+	cmd.Env = append(vm.ChildEnv(), markEnv+"="+p.spec.Dir)
+	cmd.ExtraFiles = inherited
+	if m.owner, err = own(cmd); err != nil {
+		return err
+	}
+	for _, s := range m.shares {
+		_ = s.conn.Close() // so that QEMU's end is the stream's
+	}
+	return nil
+}
+
+func (m *machine) endShares() {
+	for _, s := range m.shares {
+		s.end()
+	}
 }
 
 // happened takes note of an event.
@@ -120,6 +176,7 @@ func (m *machine) live(ctx context.Context) {
 		m.quit(ctx)
 	}
 	m.exit.At = time.Now().UTC()
+	m.endShares()
 	m.monitor.close()
 	m.port.end()
 	_ = m.line.Close()

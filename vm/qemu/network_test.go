@@ -4,9 +4,12 @@ import (
 	"context"
 	"errors"
 	"io"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
+	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/runner/guest"
 	"github.com/paddock-ci/paddock/vm"
 	"github.com/paddock-ci/paddock/vm/qemu"
@@ -94,6 +97,31 @@ func TestAMD64(t *testing.T) {
 	m := boot(t, newDriver(t, qemu.Config{}), s)
 	if got := sh(t, dial(t, m), "uname -m"); got != "x86_64" {
 		t.Errorf("the guest is a %s", got)
+	}
+	if err := m.Destroy(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	nothingLeft(t, s)
+}
+
+// A directory of the host is the guest's to read and write; a machine with one is not
+// saved, and says so.
+func TestShare(t *testing.T) {
+	s, shared := good(t), t.TempDir()
+	if err := os.WriteFile(filepath.Join(shared, "from-host"), []byte("hello, guest"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.Mounts = []fleet.Mount{{Name: "work", Path: shared}}
+	m := boot(t, newDriver(t, qemu.Config{}), s)
+	got := sh(t, dial(t, m), "mkdir -p /mnt/work && mount -t virtiofs work /mnt/work && cat /mnt/work/from-host && echo hello, host > /mnt/work/from-guest")
+	if got != "hello, guest" {
+		t.Errorf("the guest read %q", got)
+	}
+	if raw, err := os.ReadFile(filepath.Join(shared, "from-guest")); err != nil || string(raw) != "hello, host\n" {
+		t.Errorf("the guest wrote %q, %v", raw, err)
+	}
+	if err := m.(vm.Saver).Save(t.Context(), t.TempDir()); !errors.Is(err, vm.ErrUnsupported) {
+		t.Errorf("saving a machine with a share: %v", err)
 	}
 	if err := m.Destroy(t.Context()); err != nil {
 		t.Fatal(err)

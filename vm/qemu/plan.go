@@ -38,6 +38,7 @@ type plan struct {
 	cpu            int
 	memory         int64 // bytes
 	mac            string
+	shares         string   // the program that serves the mounts; "": there are none
 	kernel, initrd string   // files; "": firmware boots the disk
 	firmware       firmware // where there is no kernel
 	state          *state   // to start from; nil: cold
@@ -59,7 +60,7 @@ func (d *Driver) plan(ctx context.Context, spec vm.Spec) (*plan, error) {
 	if err := p.size(); err != nil {
 		return nil, &vm.BootError{Err: err}
 	}
-	if err := checkMounts(spec.Mounts); err != nil {
+	if p.shares, err = checkMounts(spec.Mounts); err != nil {
 		return nil, err
 	}
 	if p.program, err = d.program(ctx, p.config.Arch); err != nil {
@@ -144,7 +145,7 @@ func randomMAC() (string, error) {
 }
 
 // args is QEMU's command line. The numbers are those under which it inherits its ends
-// of the sockets.
+// of the sockets; those of the shares follow.
 func (p *plan) args(monitorFD, consoleFD, portFD int) ([]string, error) {
 	disk, err := json.Marshal(map[string]any{
 		"driver": "raw", "node-name": "disk",
@@ -159,7 +160,7 @@ func (p *plan) args(monitorFD, consoleFD, portFD int) ([]string, error) {
 	}
 	socket := func(id string, fd int) string { return fmt.Sprintf("socket,id=%s,fd=%d", id, fd) }
 	args := []string{
-		"-M", p.machine(), "-accel", p.accel, "-cpu", p.processor(),
+		"-M", p.machine() + p.sharedMemory(), "-accel", p.accel, "-cpu", p.processor(),
 		"-smp", fmt.Sprint(p.cpu), "-m", fmt.Sprintf("%dM", p.memory>>20),
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-chardev", socket("monitor", monitorFD), "-mon", "chardev=monitor,mode=control",
@@ -169,7 +170,7 @@ func (p *plan) args(monitorFD, consoleFD, portFD int) ([]string, error) {
 		"-blockdev", string(disk), "-device", "virtio-blk-pci,drive=disk,bootindex=1",
 		"-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng",
 	}
-	args = append(args, sandbox...)
+	args = append(append(args, sandbox...), p.shareArgs(portFD+1)...)
 	if p.network == networkUser {
 		// romfile: no network boot, and no need of the ROM's package.
 		args = append(args, "-netdev", "user,id="+netID, "-device", "virtio-net-pci,romfile=,netdev="+netID+",mac="+p.mac)
@@ -201,6 +202,14 @@ func (p *plan) machine() string {
 		m += ",gic-version=3"
 	}
 	return m
+}
+
+// sharedMemory is the option for memory that shareArgs makes.
+func (p *plan) sharedMemory() string {
+	if len(p.spec.Mounts) == 0 {
+		return ""
+	}
+	return ",memory-backend=ram"
 }
 
 func (p *plan) processor() string {

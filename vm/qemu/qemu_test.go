@@ -176,6 +176,9 @@ func TestRefused(t *testing.T) {
 		"memory over the host's":      {func(_ *testing.T, s *vm.Spec) { s.Memory = 1 << 50 }, "bytes of memory, this host has", true},
 		"too little memory":           {func(_ *testing.T, s *vm.Spec) { s.Memory = 1 << 20 }, "at least", true},
 		"a share that does not exist": {func(_ *testing.T, s *vm.Spec) { s.Mounts = []fleet.Mount{{Name: "work", Path: "/no/such/path"}} }, "/no/such/path", false},
+		"a share that is a file":      {func(_ *testing.T, s *vm.Spec) { s.Mounts = []fleet.Mount{{Name: "work", Path: "/etc/passwd"}} }, "is no directory", false},
+		"a share that is read only":   {func(_ *testing.T, s *vm.Spec) { s.Mounts = []fleet.Mount{{Name: "w", Path: "/tmp", ReadOnly: true}} }, "not possible", false},
+		"a share without a name":      {func(_ *testing.T, s *vm.Spec) { s.Mounts = []fleet.Mount{{Path: "/tmp"}} }, "1 to 36 bytes", false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := newDriver(t, qemu.Config{Slots: 1})
