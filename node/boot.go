@@ -110,7 +110,10 @@ func (a *Agent) spoil(p seat) {
 // the machine, other than after its silence or its own end.
 func wasEnded(ctx context.Context) bool {
 	var e *ending
-	return ctx.Err() != nil && !(errors.As(context.Cause(ctx), &e) && (e.late || e.crashed))
+	if errors.As(context.Cause(ctx), &e) && (e.late || e.crashed) {
+		return false
+	}
+	return ctx.Err() != nil
 }
 
 // bootDir boots the VM's clone, from a saved state if there is one.

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -37,6 +38,7 @@ type office struct {
 	hold     []fleet.Hold
 	evict    []fleet.Digest
 	logins   []api.PoolLogin
+	sessions map[string]api.SessionOrder
 
 	reports  map[fleet.VMID]api.VMReport // the latest of each
 	gone     map[fleet.VMID]bool         // no longer reported after it was done
@@ -138,6 +140,9 @@ func (o *office) take(r api.SyncRequest) {
 // reply is the whole will.
 func (o *office) reply(r api.SyncRequest) api.SyncReply {
 	reply := api.SyncReply{Revision: fmt.Sprint(o.revision), Applied: r.Sequence, Hold: o.hold, Evict: o.evict, Logins: o.logins}
+	for _, id := range slices.Sorted(maps.Keys(o.sessions)) {
+		reply.Sessions = append(reply.Sessions, o.sessions[id])
+	}
 	if o.deaf {
 		reply.Applied = 0
 	}
@@ -371,21 +376,24 @@ func (m *machine) Destroy(context.Context) error {
 
 // stand is one node's surroundings, which outlive its agents.
 type stand struct {
+	people Sessions
 	office *office
 	yard   *yard
 	shelf  *shelf
 	dir    string
 	keep   bool
 	slots  int
-	states bool // VMs start from saved states
-	free   int64
+	states bool         // VMs start from saved states
+	free   atomic.Int64 // bytes of disk
 	log    *slog.Logger
 }
 
 const base = fleet.Digest("sha256:1111111111111111111111111111111111111111111111111111111111111111")
 
 func newStand(t *testing.T) *stand {
-	return &stand{office: newOffice(), yard: newYard(), shelf: newShelf(base), dir: t.TempDir(), slots: 2, free: 1 << 50, log: slog.New(slog.NewTextHandler(t.Output(), nil))}
+	s := &stand{office: newOffice(), yard: newYard(), shelf: newShelf(base), dir: t.TempDir(), slots: 2, log: slog.New(slog.NewTextHandler(t.Output(), nil))}
+	s.free.Store(1 << 50)
+	return s
 }
 
 // agent starts an agent; stop ends it and returns when it has gone.
@@ -393,8 +401,8 @@ func (s *stand) agent(t *testing.T) (stop func()) {
 	t.Helper()
 	a, err := New(Config{
 		ID: "mac-1", Slots: s.slots, Dir: s.dir, Driver: "yard", Machines: s.yard, Images: s.shelf,
-		Sync: s.office.Sync, Keep: func() bool { return s.keep }, Log: s.log,
-		SaveStates: s.states, CloneFile: cache.CloneFile, Free: func() (int64, error) { return s.free, nil },
+		Sync: s.office.Sync, Sessions: s.people, Keep: func() bool { return s.keep }, Log: s.log,
+		SaveStates: s.states, CloneFile: cache.CloneFile, Free: func() (int64, error) { return s.free.Load(), nil },
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -88,7 +88,7 @@ func portSocket(dir string, port int) string { return filepath.Join(dir, fmt.Spr
 // openPort serves a port of the guests of a node.
 func (m *mac) openPort(t *testing.T, port int, serve func(net.Conn)) {
 	t.Helper()
-	l, err := net.Listen("unix", portSocket(m.dir, port))
+	l, err := (&net.ListenConfig{}).Listen(t.Context(), "unix", portSocket(m.dir, port))
 	must(t, err)
 	var conns sync.WaitGroup
 	conns.Go(func() {

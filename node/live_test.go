@@ -143,10 +143,16 @@ func (s *stand) destroyIn(t *testing.T, state fleet.VMState) {
 func (s *stand) dieIn(t *testing.T, state fleet.VMState) {
 	t.Helper()
 	s.office.awaitState(t, "aaaaaaaa", state)
-	s.yard.mu.Lock()
-	m := s.yard.machines["aaaaaaaa"]
-	s.yard.mu.Unlock()
-	m.die("kernel panic")
+	for {
+		s.yard.mu.Lock()
+		m := s.yard.machines["aaaaaaaa"]
+		s.yard.mu.Unlock()
+		if m != nil {
+			m.die("kernel panic")
+			return
+		}
+		time.Sleep(time.Millisecond) // a VM that boots may not have one yet
+	}
 }
 
 // TestStop: a stopped agent destroys its VMs and says so, with no slots left; with Keep

@@ -269,6 +269,9 @@ func dialPort(ctx context.Context, to contact, port int) (net.Conn, error) {
 		return nil, fmt.Errorf("connecting to port %d of the guest: %w", port, vm.ErrUnsupported)
 	}
 	conn, err := ports.DialPort(ctx, port)
+	if errors.Is(err, context.DeadlineExceeded) {
+		return nil, fmt.Errorf("nobody answered at port %d of the guest within %v: %w", port, guestTime, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("connecting to port %d of the guest: %w", port, err)
 	}

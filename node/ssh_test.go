@@ -2,6 +2,7 @@ package node
 
 import (
 	"bytes"
+	"context"
 	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/pem"
@@ -83,11 +84,13 @@ func (s *sshd) newHostKey(t *testing.T) {
 // serve is one connection to the guest's port 22.
 func (s *sshd) serve(c net.Conn) {
 	defer func() { _ = c.Close() }()
-	pair, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	pair, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
 	if err != nil {
 		s.failed <- err
 		return
 	}
+	syscall.CloseOnExec(pair[0]) // macOS has no flag for it
+	syscall.CloseOnExec(pair[1])
 	theirs := os.NewFile(uintptr(pair[1]), "sshd")
 	ours := os.NewFile(uintptr(pair[0]), "guest")
 	near, err := net.FileConn(ours)
@@ -96,7 +99,7 @@ func (s *sshd) serve(c net.Conn) {
 		s.failed <- err
 		return
 	}
-	cmd := exec.Command("/usr/sbin/sshd", "-i", "-f", filepath.Join(s.dir, "config"))
+	cmd := exec.CommandContext(context.Background(), "/usr/sbin/sshd", "-i", "-f", filepath.Join(s.dir, "config"))
 	cmd.Stdin, cmd.Stdout = theirs, theirs
 	if err := cmd.Start(); err != nil {
 		s.failed <- err
