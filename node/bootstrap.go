@@ -53,7 +53,7 @@ const sshPort = 22
 func (a *Agent) connect(ctx context.Context, c contact) (bootstrap, error) {
 	switch bootstrapOf(c.order) {
 	case fleet.BootstrapSelf:
-		return openShare(c.dir)
+		return openShare(c.dir), nil
 	case fleet.BootstrapSSH:
 		return a.connectSSH(ctx, c)
 	default:

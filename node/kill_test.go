@@ -10,6 +10,7 @@ import (
 	insecure "math/rand/v2"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -22,6 +23,7 @@ import (
 	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/runner/guest"
+	"github.com/paddock-ci/paddock/runner/guest/self"
 	"github.com/paddock-ci/paddock/vm"
 	"github.com/paddock-ci/paddock/vm/process/processtest"
 )
@@ -62,7 +64,27 @@ func (d savingDriver) Boot(ctx context.Context, spec vm.Spec) (vm.Machine, error
 	if err != nil {
 		return nil, errors.Join(err, lock.Close())
 	}
-	return savedMachine{m, spec, identity, lock}, nil
+	launcher, err := launch(spec)
+	if err != nil {
+		return nil, errors.Join(err, m.Destroy(ctx), lock.Close())
+	}
+	return savedMachine{m, spec, identity, lock, launcher}, nil
+}
+
+// launch starts the reference launcher, as an image with it does, if the machine has the
+// share for it.
+func launch(spec vm.Spec) (*exec.Cmd, error) {
+	shares := map[string]string{}
+	for _, m := range spec.Mounts {
+		shares[m.Name] = m.Path
+	}
+	if shares[self.MountIn] == "" {
+		return nil, nil
+	}
+	cmd := exec.CommandContext(context.Background(), "sh", "-c", self.LauncherScript)
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + spec.Dir, "PADDOCK_IN=" + shares[self.MountIn], "PADDOCK_OUT=" + shares[self.MountOut]}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	return cmd, cmd.Start()
 }
 
 type savedMachine struct {
@@ -70,6 +92,15 @@ type savedMachine struct {
 	spec     vm.Spec
 	identity string
 	lock     *os.File // until this process ends
+	launcher *exec.Cmd
+}
+
+func (m savedMachine) Destroy(ctx context.Context) error {
+	if m.launcher != nil {
+		_ = syscall.Kill(-m.launcher.Process.Pid, syscall.SIGKILL)
+		_ = m.launcher.Wait()
+	}
+	return m.Machine.Destroy(ctx)
 }
 
 func (m savedMachine) Save(ctx context.Context, dir string) error {
@@ -224,7 +255,7 @@ func killAnywhere(t *testing.T, states bool) {
 // on, whatever the way into its guest; the next agent says so, sees it end as it would
 // have, and leaves nothing.
 func TestKilledWithARunningJob(t *testing.T) {
-	for _, b := range []fleet.Bootstrap{fleet.BootstrapAgent, fleet.BootstrapSSH} {
+	for _, b := range []fleet.Bootstrap{fleet.BootstrapAgent, fleet.BootstrapSSH, fleet.BootstrapSelf} {
 		t.Run(string(b), func(t *testing.T) { killWithARunningJob(t, b) })
 	}
 }

@@ -159,6 +159,10 @@ func New(c Config) (*Agent, error) {
 	case c.Slots < 0:
 		return nil, fmt.Errorf("node: %d slots: use 1 or 2 on a Mac", c.Slots)
 	}
+	var err error
+	if c.Dir, err = filepath.Abs(c.Dir); err != nil { // guests' shares lie in it, which others mount
+		return nil, fmt.Errorf("node: %w", err)
+	}
 	c = withDefaults(c)
 	a := &Agent{
 		c:        c,
@@ -182,7 +186,6 @@ func New(c Config) (*Agent, error) {
 	if err := os.MkdirAll(a.clones(), 0o700); err != nil {
 		return nil, fmt.Errorf("making the clones' directory: %w", err)
 	}
-	var err error
 	if a.journal, err = openJournal(filepath.Join(c.Dir, "journal"), c.ID); err != nil {
 		return nil, err
 	}

@@ -1,15 +1,17 @@
 package node
 
 import (
-	"errors"
+	"path/filepath"
 
 	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/runner/guest/self"
 )
 
-var errNoSelf = errors.New("bootstrap self is not available in this version")
+// shareDir is where the host's end of a share with the guest lies: in the clone, with
+// which it goes.
+func shareDir(clone string) string { return filepath.Join(clone, "share") }
 
-func prepareShare(string) ([]fleet.Mount, error) { return nil, errNoSelf }
+// prepareShare makes the share of a VM whose image starts its runner by itself.
+func prepareShare(clone string) ([]fleet.Mount, error) { return self.Prepare(shareDir(clone)) }
 
-func openShare(string) (bootstrap, error) {
-	return nil, &ending{Reason: errNoSelf.Error(), Failed: true}
-}
+func openShare(clone string) bootstrap { return self.Open(shareDir(clone)) }
