@@ -48,6 +48,7 @@ func Install(ctx context.Context, c InstallConfig) (err error) {
 		}
 	}()
 	i := &installation{InstallConfig: c}
+	i.tell(0, 1, 0)
 	if err := i.fetch(ctx); err != nil {
 		return fmt.Errorf("getting the restore image: %w", err)
 	}

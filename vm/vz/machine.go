@@ -106,9 +106,21 @@ func (m *machine) call(ctx context.Context, verb func() error) error {
 	case <-ctx.Done():
 		return fmt.Errorf("the framework has not answered: %w", ctx.Err())
 	case <-m.done:
-		return vm.ErrEnded
 	}
+	// The end is told before the answer that explains it, by which callers decide.
+	select {
+	case err := <-answer:
+		if err != nil {
+			return err
+		}
+	case <-ctx.Done():
+	case <-time.After(answerTime):
+	}
+	return vm.ErrEnded
 }
+
+// answerTime is how long a verb may answer after the machine has ended.
+const answerTime = 5 * time.Second
 
 // begin reports whether a verb may begin: never once the end is wanted, so that a Start
 // cannot overtake a Stop.
