@@ -139,29 +139,12 @@ func (s *session) take(ctx context.Context, f frame, wg *sync.WaitGroup) error {
 	defer s.mu.Unlock()
 	r, known := s.open[f.id]
 	switch f.kind {
-	case kindCancel:
-		if known {
-			r.cancel()
-			delete(s.open, f.id)
+	case kindCancel, kindCredit, kindData:
+		if !known {
+			return nil
 		}
-		return nil
-	case kindCredit:
-		if known {
-			select {
-			case <-r.unread:
-			default: // for nothing that we sent
-			}
-		}
-		return nil
-	case kindData:
-		if known {
-			select {
-			case r.data <- f.body:
-			default:
-				return fmt.Errorf("%w: more data than was asked for", errFrame)
-			}
-		}
-		return nil
+		return s.goOn(r, f)
+	default:
 	}
 	if known || len(s.open) >= maxRequests {
 		return fmt.Errorf("%w: too many requests at once, or an id used twice: %d", errFrame, f.id)
@@ -173,6 +156,27 @@ func (s *session) take(ctx context.Context, f frame, wg *sync.WaitGroup) error {
 		defer s.end(r)
 		s.answer(ctx, r, f)
 	})
+	return nil
+}
+
+// goOn handles a message about an open request. The caller holds s.mu.
+func (s *session) goOn(r *request, f frame) error {
+	switch f.kind {
+	case kindCancel:
+		r.cancel()
+		delete(s.open, r.id)
+	case kindCredit:
+		select {
+		case <-r.unread:
+		default: // for nothing that we sent
+		}
+	default:
+		select {
+		case r.data <- f.body:
+		default:
+			return fmt.Errorf("%w: more data than was asked for", errFrame)
+		}
+	}
 	return nil
 }
 

@@ -8,14 +8,24 @@
 //
 // The state is the agent's, not the connection's: a host that crashed dials again and
 // watches on. One connection carries many requests, told apart by id; messages are
-// length-bounded and each side distrusts the other's bytes.
+// length-bounded and each side distrusts the other's bytes. Beside the runner the host
+// may Exec commands, Put files, follow the runner's Output, bring the network up, wake a
+// guest that was saved, shut it down, and Connect to its ports. What is streamed has a
+// window of its own: a reader that is slow holds up the command, not the connection.
+//
+// A machine has one stream to its host. Line (the host's end) and ServeLine (the guest's)
+// carry all connections over it, and are in step again after it was cut anywhere. A raw
+// stream begins anew with a mark (preamble.go), then speaks yamux, with a guard before the
+// host's end, since that library trusts its peer.
 //
 // It is the one package of its floor that does I/O, since it is what runs inside; it
-// opens nothing by itself but the runner's process. It does not boot machines (vm),
-// mint JIT configs (github) or decide when a runner starts and ends (node); ssh and
-// self, the other ways into a guest, will live beside the agent, not in it.
+// opens nothing by itself but what the host asks for. It does not boot machines (vm),
+// mint JIT configs (github) or decide when a runner starts and ends (node), nor does it
+// know how an operating system is changed (System, which cmd/paddock-guest brings). The
+// other ways into a guest, ssh and self, live beside the agent, not in it.
 //
-// Called by node (the client) and by the hidden guest-agent command (the agent).
+// Called by node (the client), by vm's drivers (Line), by cmd/paddock-guest and by the
+// hidden guest-agent command (the agent).
 package guest
 
 import (
@@ -75,7 +85,8 @@ type Run struct {
 	Env map[string]string
 	Dir string // working directory; "": AgentConfig.Dir
 	// Input goes to the process's standard input, followed by end of file. It is the
-	// JIT config, a secret: it is in no argument, environment, file or log.
+	// JIT config, a secret: it is in no argument, environment, file or log. (GitHub's own
+	// runner reads files instead: see JITFiles.)
 	Input []byte `json:"-"`
 }
 

@@ -29,8 +29,9 @@ const (
 // from there, or the process that held the host's end was replaced. Then all streams of
 // before are lost, and new ones work.
 type Line struct {
-	open func(ctx context.Context) (net.Conn, error)
-	turn chan struct{} // holds a token while one goroutine connects
+	open   func(ctx context.Context) (net.Conn, error)
+	reopen time.Duration // the constant, but in tests
+	turn   chan struct{} // holds a token while one goroutine connects
 
 	mu      sync.Mutex
 	raw     net.Conn       // nil: none
@@ -41,7 +42,7 @@ type Line struct {
 // after it broke. It waits for the machine as long as that makes sense: its error is
 // Dial's.
 func NewLine(open func(ctx context.Context) (net.Conn, error)) *Line {
-	return &Line{open: open, turn: make(chan struct{}, 1)}
+	return &Line{open: open, reopen: reopen, turn: make(chan struct{}, 1)}
 }
 
 // Dial opens one more stream to the agent. It waits until the guest answers or ctx ends.
@@ -57,7 +58,7 @@ func (l *Line) Dial(ctx context.Context) (net.Conn, error) {
 		if err == nil {
 			return conn, nil
 		}
-		if err := pause(ctx, reopen); err != nil { // the session has just broken
+		if err := pause(ctx, l.reopen); err != nil { // the session has just broken
 			return nil, fmt.Errorf("the line to the guest agent: %w", err)
 		}
 	}
@@ -131,7 +132,7 @@ func (l *Line) live(ctx context.Context) (*yamux.Session, error) {
 			return session, nil
 		}
 		_ = raw.Close()
-		if err := pause(ctx, reopen); err != nil {
+		if err := pause(ctx, l.reopen); err != nil {
 			return nil, err
 		}
 	}

@@ -141,6 +141,7 @@ func FuzzLineHost(f *testing.F) {
 			})
 			return host, nil
 		})
+		l.reopen = 0
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 		defer cancel()
 		if conn, err := l.Dial(ctx); err == nil {
