@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/paddock-ci/paddock/runner/guest"
 	"github.com/paddock-ci/paddock/vm"
@@ -164,7 +165,7 @@ func (t *trial) run(ctx context.Context, s step, ended map[string]Outcome) Resul
 	why := skip{}
 	switch {
 	case err == nil:
-		r.Outcome, r.Detail = OK, detail
+		r.Outcome, r.Detail = OK, plainLine(detail)
 	case ctx.Err() != nil:
 		r.Detail = "interrupted"
 	case errors.As(err, &why):
@@ -193,4 +194,21 @@ func advise(err error, otherwise string) string {
 }
 
 // oneLine makes a row of an error.
-func oneLine(err error) string { return strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ") }
+func oneLine(err error) string { return plainLine(err.Error()) }
+
+// plainLine makes of a text, parts of which a guest may have written, a short line that
+// does nothing to a terminal.
+func plainLine(text string) string {
+	const most = 600 // bytes
+	text = strings.ReplaceAll(strings.TrimSpace(text), "\n", "; ")
+	text = strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, text)
+	if len(text) > most {
+		text = strings.ToValidUTF8(text[:most], "") + "…"
+	}
+	return text
+}

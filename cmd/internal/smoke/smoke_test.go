@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/paddock-ci/paddock/runner/guest"
 	"github.com/paddock-ci/paddock/vm"
@@ -371,4 +372,23 @@ func TestNothingIsTried(t *testing.T) {
 			t.Errorf("%v, %v: want an error with %q", results, err, name)
 		}
 	}
+}
+
+// What a guest says is a short line in a report, whatever it is, and its clock a number.
+func FuzzGuestsWord(f *testing.F) {
+	f.Add("Linux 6.1 aarch64\n1700000000\n")
+	f.Add("\x1b[2J\xff\n9223372036854775807")
+	f.Add("1e400 -1")
+	f.Fuzz(func(t *testing.T, said string) {
+		line := plainLine(said)
+		if len(line) > 2000 || strings.ContainsFunc(line, func(r rune) bool { return r < ' ' || r == 0x7f }) || !utf8.ValidString(line) {
+			t.Errorf("%q became %q", said, line)
+		}
+		now := time.Now()
+		for _, word := range strings.Fields(said) {
+			if off, err := skew(word, now, now.Add(time.Second)); err != nil && off != 0 {
+				t.Errorf("%q is %s off, and %v", word, off, err)
+			}
+		}
+	})
 }

@@ -202,6 +202,9 @@ func port(ctx context.Context, t *trial) (string, error) {
 		return "", skip{"this driver's machines have no ports"}
 	}
 	limit := 20 * time.Second
+	if t.Agent {
+		limit = 5 * time.Second
+	}
 	within, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	conn, err := m.DialPort(within, 22)
