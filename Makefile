@@ -20,6 +20,11 @@ API     := .cache/apicheck
 # The modules that are tested and linted: the product, the end-to-end tests, the tools.
 MODULES := . $(patsubst %/go.mod,%,$(wildcard e2e/go.mod)) tools
 
+# The driver of Macs is tested and linted against a stand-in for Apple's framework, too:
+# where these are set, the go command takes the stand-in for the real bindings.
+STANDIN      := GOWORK=$(CURDIR)/vm/vz/standin.work
+STANDIN_TAGS := vzstandin
+
 # The go command stamps what it builds by asking git, which refuses in a checkout that
 # another user owns (a container's mount). So git is asked here, and where it refuses the
 # programs call themselves "devel".
@@ -54,7 +59,7 @@ guest: ## build the agent that runs inside machines into bin/guest/, for Linux a
 .PHONY: test
 test: packages $(VERDICT) ## vet and test everything with the race detector; with CI=true a skip is a failure
 	go vet ./...
-	$(VERDICT) $(MODULES:%=-dir %) -- -race -timeout 9m ./...
+	$(VERDICT) $(MODULES:%=-dir %) -also "$(STANDIN) -tags $(STANDIN_TAGS) -race -timeout 9m ./vm/vz/..." -- -race -timeout 9m ./...
 
 .PHONY: packages
 packages: ## install the system packages that the tests need (Debian, as root; else says which)
@@ -68,10 +73,11 @@ e2e: packages $(VERDICT) ## run only the end-to-end tests, with a real runner
 .PHONY: lint
 lint: $(LINT) darwin ## linters, floors, formatting, checksums, and a build for macOS
 	@unformatted=$$(gofmt -l .) && test -z "$$unformatted" || { echo "gofmt these: $$unformatted" >&2; exit 1; }
-	@for module in $(MODULES); do \
+	@for module in $(MODULES) vm/vz/standin; do \
 		echo "golangci-lint run ($$module)"; \
 		(cd $$module && $(CURDIR)/$(LINT) run --config $(CURDIR)/.golangci.yml ./...) || exit 1; \
 	done
+	$(STANDIN) $(LINT) run --build-tags $(STANDIN_TAGS) ./vm/vz/...
 	go test -count 1 .
 	go mod verify
 	GOOS=darwin GOARCH=arm64 CGO_ENABLED=0 go build ./...

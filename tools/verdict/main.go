@@ -4,7 +4,8 @@
 // "N passed, N failed, N skipped".
 //
 // It is not a test runner: what is tested and how is said in the arguments after "--",
-// which go to go test unchanged. With CI in the environment (any value but 0 and
+// which go to go test unchanged, and in those of -also, for packages that are tested in
+// another build, too. With CI in the environment (any value but 0 and
 // false) a skipped test is a failure, because there nothing may be missing.
 //
 // The Makefile calls it.
@@ -23,19 +24,27 @@ import (
 )
 
 func main() {
-	var dirs dirList
+	var dirs, also list
 	flag.Var(&dirs, "dir", "a module's directory; may be repeated (default: the working directory)")
+	flag.Var(&also, "also", "one more run in the working directory: `NAME=value… arguments` of go test; may be repeated")
 	flag.Parse()
 	if len(dirs) == 0 {
-		dirs = dirList{"."}
+		dirs = list{"."}
+	}
+	runs := make([]testRun, 0, len(dirs)+len(also))
+	for _, dir := range dirs {
+		runs = append(runs, testRun{dir: dir, args: flag.Args()})
+	}
+	for _, words := range also {
+		runs = append(runs, oneMore(words))
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 
 	t := newTally(os.Stdout)
-	for _, dir := range dirs {
-		if err := run(ctx, t, dir, flag.Args()); err != nil {
-			t.broken(dir, err)
+	for _, r := range runs {
+		if err := run(ctx, t, r); err != nil {
+			t.broken(r.String(), err)
 		}
 	}
 	if !t.close(strict(os.Getenv("CI"))) {
@@ -54,11 +63,32 @@ func strict(ci string) bool {
 	return true
 }
 
+// testRun is one run of go test.
+type testRun struct {
+	dir  string
+	env  []string // beside ours
+	args []string
+}
+
+func (r testRun) String() string {
+	return strings.Join(append(append([]string{r.dir}, r.env...), r.args...), " ")
+}
+
+// oneMore reads a run as a shell would, without its quotes: assignments come first.
+func oneMore(line string) testRun {
+	r := testRun{dir: ".", args: strings.Fields(line)}
+	for len(r.args) > 0 && !strings.HasPrefix(r.args[0], "-") && strings.Contains(r.args[0], "=") {
+		r.env, r.args = append(r.env, r.args[0]), r.args[1:]
+	}
+	return r
+}
+
 // run tests one module. Failing tests are the tally's affair; an error means that go
 // test itself could not do its work.
-func run(ctx context.Context, t *tally, dir string, args []string) error {
-	c := exec.CommandContext(ctx, "go", append([]string{"test", "-json"}, args...)...)
-	c.Dir = dir
+func run(ctx context.Context, t *tally, r testRun) error {
+	c := exec.CommandContext(ctx, "go", append([]string{"test", "-json"}, r.args...)...)
+	c.Dir = r.dir
+	c.Env = append(os.Environ(), r.env...)
 	c.Stderr = os.Stderr
 	// An interrupt lets go test stop its children; killed, it would leave them.
 	c.Cancel = func() error { return c.Process.Signal(os.Interrupt) }
@@ -82,12 +112,12 @@ func run(ctx context.Context, t *tally, dir string, args []string) error {
 	return nil
 }
 
-// dirList is a flag that may be repeated.
-type dirList []string
+// list is a flag that may be repeated.
+type list []string
 
-func (d *dirList) String() string { return strings.Join(*d, ",") }
+func (l *list) String() string { return strings.Join(*l, ",") }
 
-func (d *dirList) Set(dir string) error {
-	*d = append(*d, dir)
+func (l *list) Set(value string) error {
+	*l = append(*l, value)
 	return nil
 }

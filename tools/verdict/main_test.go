@@ -1,6 +1,13 @@
 package main
 
-import "testing"
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
 
 func TestStrict(t *testing.T) {
 	for ci, want := range map[string]bool{
@@ -9,6 +16,39 @@ func TestStrict(t *testing.T) {
 	} {
 		if got := strict(ci); got != want {
 			t.Errorf("CI=%q: strict %v, want %v", ci, got, want)
+		}
+	}
+}
+
+func TestOneMore(t *testing.T) {
+	r := oneMore(" GOWORK=/a/b.work  X= -tags=x -race ./vm/... Y=1 ")
+	if !slices.Equal(r.env, []string{"GOWORK=/a/b.work", "X="}) || !slices.Equal(r.args, []string{"-tags=x", "-race", "./vm/...", "Y=1"}) {
+		t.Errorf("%+v", r)
+	}
+}
+
+// A run of another build counts like the others: its environment reaches the tests, and
+// their failures the verdict.
+func TestAnotherBuildCounts(t *testing.T) {
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"go.mod":    "module x\n\ngo 1.26\n",
+		"x_test.go": "//go:build odd\n\npackage x\n\nimport (\n\t\"os\"\n\t\"testing\"\n)\n\nfunc TestX(t *testing.T) {\n\tif os.Getenv(\"ODD\") != \"yes\" {\n\t\tt.Fatal(\"even\")\n\t}\n}\n",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for odd, want := range map[string]string{"yes": "1 passed, 0 failed", "no": "0 passed, 1 failed"} {
+		var out bytes.Buffer
+		tally := newTally(&out)
+		r := oneMore("ODD=" + odd + " -count=1 -tags odd ./...")
+		r.dir = dir
+		if err := run(t.Context(), tally, r); err != nil {
+			t.Fatalf("%v\n%s", err, &out)
+		}
+		if ok := tally.close(true); ok != (odd == "yes") || !strings.Contains(out.String(), want) {
+			t.Errorf("ODD=%s: %v\n%s", odd, ok, &out)
 		}
 	}
 }

@@ -91,7 +91,7 @@ func TestRunOfABrokenModule(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "go.mod"), []byte("this is no module file\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := run(t.Context(), newTally(&strings.Builder{}), dir, []string{"./..."}); err == nil {
+	if err := run(t.Context(), newTally(&strings.Builder{}), testRun{dir: dir, args: []string{"./..."}}); err == nil {
 		t.Error("want an error")
 	}
 }

@@ -128,7 +128,7 @@ func TestAddressAndPort(t *testing.T) {
 	if a, err := m.(vm.Addresser).Address(bounded(t)); a != "" || err != nil {
 		t.Errorf("without leases: %q, %v", a, err)
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := (&net.ListenConfig{}).Listen(bounded(t), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -161,7 +161,6 @@ func serve(ctx context.Context, g *framework.Guest) {
 type sessions struct {
 	conns chan net.Conn
 	done  <-chan struct{}
-	once  sync.Once
 }
 
 func (s *sessions) forward(l net.Listener) error {
