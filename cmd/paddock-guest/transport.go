@@ -72,6 +72,9 @@ func overListener(name string, closeAll func() error, accept func(context.Contex
 		for {
 			raw, err := accept(ctx)
 			if ctx.Err() != nil {
+				if err == nil {
+					_ = raw.Close()
+				}
 				return nil
 			}
 			if errors.Is(err, net.ErrClosed) {
