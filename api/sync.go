@@ -120,19 +120,9 @@ type RunnerOrder struct {
 	VM     fleet.VMID   `json:"vm"`
 	Runner RunnerReport `json:"runner"`
 	JIT    string       `json:"jit"` // secret: base64 as GitHub gave it
-	// Archive is GitHub's runner for this guest, for VMs whose pool names no command of its
-	// own; nil: the guest has one, or GitHub's list could not be read.
-	Archive *Archive `json:"archive,omitempty"`
 	// Archives are GitHub's runner applications, one of which fits the guest; none if the
 	// pool names a command of its own, or GitHub's list could not be read.
 	Archives []fleet.Archive `json:"archives,omitempty"`
-}
-
-// Archive is a runner application as GitHub offers it for download.
-type Archive struct {
-	Name   string `json:"name"`   // file name, which holds the version
-	URL    string `json:"url"`    // https
-	SHA256 string `json:"sha256"` // hex, by GitHub's word
 }
 
 // PoolLogin is how the ssh bootstrap logs into the VMs of a pool.

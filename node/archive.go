@@ -19,7 +19,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/paddock-ci/paddock/api"
+	"github.com/paddock-ci/paddock/fleet"
 )
 
 // Bounds of a runner's archive.
@@ -70,7 +70,7 @@ func newArchives(dir string, now func() time.Time, log *slog.Logger) *archives {
 
 // open returns the archive, which is downloaded first if it is not here. The caller
 // closes the file.
-func (s *archives) open(ctx context.Context, want api.Archive) (*os.File, error) {
+func (s *archives) open(ctx context.Context, want fleet.Archive) (*os.File, error) {
 	f, err := s.get(ctx, want)
 	if err != nil {
 		return nil, fmt.Errorf("getting GitHub's runner %s: %w", want.Name, err)
@@ -78,7 +78,7 @@ func (s *archives) open(ctx context.Context, want api.Archive) (*os.File, error)
 	return f, nil
 }
 
-func (s *archives) get(ctx context.Context, want api.Archive) (*os.File, error) {
+func (s *archives) get(ctx context.Context, want fleet.Archive) (*os.File, error) {
 	if !sha256Pattern.MatchString(want.SHA256) { // it becomes a file's name
 		return nil, fmt.Errorf("its SHA-256 is %q, which is none", want.SHA256)
 	}
@@ -122,7 +122,7 @@ func (s *archives) touch(sum string) {
 }
 
 // download brings one archive; the caller has made its entry in active.
-func (s *archives) download(ctx context.Context, want api.Archive) error {
+func (s *archives) download(ctx context.Context, want fleet.Archive) error {
 	defer func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -149,7 +149,7 @@ func (s *archives) download(ctx context.Context, want api.Archive) error {
 }
 
 // fetch writes the archive to part, synced, and checks it on the way.
-func (s *archives) fetch(ctx context.Context, want api.Archive, part string) (err error) {
+func (s *archives) fetch(ctx context.Context, want fleet.Archive, part string) (err error) {
 	from, err := url.Parse(want.URL)
 	if err == nil {
 		err = checkArchiveURL(from)

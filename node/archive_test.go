@@ -18,7 +18,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/paddock-ci/paddock/api"
+	"github.com/paddock-ci/paddock/fleet"
 )
 
 // depot serves one archive, the way that serve says.
@@ -51,8 +51,8 @@ func newDepot(t *testing.T, serve http.HandlerFunc) *depot {
 	return d
 }
 
-func (d *depot) archive() api.Archive {
-	return api.Archive{Name: "actions-runner-osx-arm64-2.330.0.tar.gz", URL: d.URL + "/2.330.0.tar.gz", SHA256: sumOf(theArchive)}
+func (d *depot) archive() fleet.Archive {
+	return fleet.Archive{Name: "actions-runner-osx-arm64-2.330.0.tar.gz", URL: d.URL + "/2.330.0.tar.gz", SHA256: sumOf(theArchive)}
 }
 
 func (d *depot) count() int {
@@ -65,7 +65,7 @@ func testArchives(t *testing.T) *archives {
 	return newArchives(filepath.Join(t.TempDir(), "runners"), time.Now, newStand(t).log)
 }
 
-func (s *archives) read(ctx context.Context, want api.Archive) (string, error) {
+func (s *archives) read(ctx context.Context, want fleet.Archive) (string, error) {
 	f, err := s.open(ctx, want)
 	if err != nil {
 		return "", err
@@ -146,7 +146,7 @@ func TestArchiveRefusals(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		serve  http.HandlerFunc
-		change func(*api.Archive)
+		change func(*fleet.Archive)
 		want   string
 	}{
 		{name: "other bytes", want: "and GitHub says", serve: func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("a trojan")) }},
@@ -169,11 +169,11 @@ func TestArchiveRefusals(t *testing.T) {
 			http.Redirect(w, r, "http://runners.example/secret?signature=s3cr3t", http.StatusFound)
 		}},
 		{name: "redirects without end", want: "redirects", serve: func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, r.URL.Path, http.StatusFound) }},
-		{name: "not encrypted", want: "only https", change: func(a *api.Archive) { a.URL = "http://runners.example/r.tar.gz" }},
-		{name: "a file of this host", want: "only https", change: func(a *api.Archive) { a.URL = "file:///etc/passwd" }},
-		{name: "no URL", want: "parse", change: func(a *api.Archive) { a.URL = "http://[::1" }},
-		{name: "no SHA-256", want: "which is none", change: func(a *api.Archive) { a.SHA256 = "../../../etc/passwd" }},
-		{name: "an upper-case SHA-256", want: "which is none", change: func(a *api.Archive) { a.SHA256 = strings.ToUpper(a.SHA256) }},
+		{name: "not encrypted", want: "only https", change: func(a *fleet.Archive) { a.URL = "http://runners.example/r.tar.gz" }},
+		{name: "a file of this host", want: "only https", change: func(a *fleet.Archive) { a.URL = "file:///etc/passwd" }},
+		{name: "no URL", want: "parse", change: func(a *fleet.Archive) { a.URL = "http://[::1" }},
+		{name: "no SHA-256", want: "which is none", change: func(a *fleet.Archive) { a.SHA256 = "../../../etc/passwd" }},
+		{name: "an upper-case SHA-256", want: "which is none", change: func(a *fleet.Archive) { a.SHA256 = strings.ToUpper(a.SHA256) }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			d := newDepot(t, tt.serve)
@@ -250,7 +250,7 @@ func TestArchiveStalls(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, begun := testArchives(t), time.Now()
 		s.client.Transport = stalled{}
-		_, err := s.read(t.Context(), api.Archive{Name: "r", URL: "https://runners.example/r.tar.gz", SHA256: sumOf(theArchive)})
+		_, err := s.read(t.Context(), fleet.Archive{Name: "r", URL: "https://runners.example/r.tar.gz", SHA256: sumOf(theArchive)})
 		if !errors.Is(err, errStalled) || time.Since(begun) != archiveStall {
 			t.Errorf("after %v: %v", time.Since(begun), err)
 		}

@@ -104,7 +104,8 @@ func (s *shelf) Clone(_ context.Context, _ fleet.Digest, dir string, _ int64) er
 			return err
 		}
 	}
-	return os.WriteFile(filepath.Join(dir, vm.DiskFile), []byte("disk"), 0o600)
+	err := os.WriteFile(filepath.Join(dir, vm.ConfigFile), []byte(`{"version":1,"os":"linux","arch":"amd64"}`), 0o600)
+	return errors.Join(err, os.WriteFile(filepath.Join(dir, vm.DiskFile), []byte("disk"), 0o600))
 }
 
 func (s *shelf) List() []fleet.NodeImage {

@@ -13,6 +13,7 @@ import (
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/runner/guest"
+	"github.com/paddock-ci/paddock/vm"
 )
 
 // What some bootstraps can do besides: agent all, ssh the first.
@@ -49,8 +50,8 @@ func (a *Agent) prepare(ctx context.Context, l *life, order api.RunnerOrder) (gu
 	if !ok {
 		return run, fmt.Errorf("bootstrap %q cannot put GitHub's runner into a guest: give the pool a runner command", l.order.Bootstrap)
 	}
-	if order.Archive != nil {
-		if err := a.stage(ctx, l, to, *order.Archive); err != nil {
+	if archive, ok := a.archiveFor(l, order.Archives); ok {
+		if err := a.stage(ctx, l, to, archive); err != nil {
 			return run, err
 		}
 	}
@@ -67,9 +68,28 @@ func (a *Agent) prepare(ctx context.Context, l *life, order api.RunnerOrder) (gu
 	return run, nil
 }
 
+// archiveFor picks the runner that fits the guest, by the VM config in its clone.
+func (a *Agent) archiveFor(l *life, offered []fleet.Archive) (fleet.Archive, bool) {
+	if len(offered) == 0 {
+		return fleet.Archive{}, false
+	}
+	guest, err := vm.ReadConfig(a.cloneDir(l.order.ID))
+	if err != nil {
+		a.log.Warn("the guest's own runner must serve: its VM config does not say which other would", "vm", l.order.ID, "error", err)
+		return fleet.Archive{}, false
+	}
+	for _, archive := range offered {
+		if archive.OS == guest.OS && archive.Arch == guest.Arch {
+			return archive, true
+		}
+	}
+	a.log.Warn("the guest's own runner must serve: GitHub offers none for it", "vm", l.order.ID, "os", guest.OS, "arch", guest.Arch)
+	return fleet.Archive{}, false
+}
+
 // stage puts GitHub's runner into a guest that has none of that version. If it cannot be
 // had, the guest's own serves, if it has one: GitHub updates it before its first job.
-func (a *Agent) stage(ctx context.Context, l *life, to putter, archive api.Archive) error {
+func (a *Agent) stage(ctx context.Context, l *life, to putter, archive fleet.Archive) error {
 	if have := runnerVersion(ctx, l.guest); have != "" && have == archiveVersion(archive.Name) {
 		return nil
 	}

@@ -11,7 +11,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
 )
 
@@ -98,7 +97,10 @@ func TestGitHubsRunner(t *testing.T) {
 				runner.JIT = githubJIT(t)
 			}
 			if tt.offers {
-				runner.Archive = &api.Archive{Name: "actions-runner-linux-x64-2.330.0.tar.gz", URL: d.URL + "/r.tar.gz", SHA256: sumOf(data)}
+				runner.Archives = []fleet.Archive{
+					{OS: "darwin", Arch: "arm64", Name: "actions-runner-osx-arm64-2.330.0.tar.gz", URL: d.URL + "/other.tar.gz", SHA256: sumOf([]byte("another"))},
+					{OS: "linux", Arch: "amd64", Name: "actions-runner-linux-x64-2.330.0.tar.gz", URL: d.URL + "/r.tar.gz", SHA256: sumOf(data)},
+				}
 			}
 			s.office.start[order.ID] = runner
 			s.office.place(order)

@@ -22,7 +22,7 @@ import (
 
 const (
 	// stateMark is the file of a state that is written last: without it, it is none.
-	stateMark = "state.json"
+	stateMark = "seat.json" // a driver may have a state.json of its own there
 	// stateFormat is part of every key, so that a new meaning of states meets no old one.
 	stateFormat = 1
 	// stateAge is how long a state is kept that no VM starts from: one that nobody asks
