@@ -152,7 +152,7 @@ it from standard input.`,
 	}
 	join.Flags().StringVar(&url, "controller", "", "the controller's `URL` as seen from here, if the token's is another")
 	addOverlays(join, "data", "name", "dir")
-	cmd.AddCommand(join, installCommand(g), uninstallCommand(g))
+	cmd.AddCommand(join, installCommand(g), uninstallCommand(g), doctorCommand(g))
 	return cmd
 }
 

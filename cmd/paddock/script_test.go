@@ -157,6 +157,7 @@ var varying = []struct {
 	{regexp.MustCompile(`(paddock-town-)[a-z0-9]{8}`), "${1}ID"},
 	{regexp.MustCompile(`\b300000\d{5}\b`), "JOB"},
 	{regexp.MustCompile(`\b[0-9a-f]{12}\b`), "DIGEST"},
+	{regexp.MustCompile(`((?:cold|saved)\s+)\S+(\s+DIGEST)`), "${1}ADDRESS$2"}, // this host's, or none yet
 	{regexp.MustCompile(`(?m)^(mac-\d+\s+)\d+(\s+SIZE)`), "${1}CPUS$2"},
 	{regexp.MustCompile(`[ \t]{2,}`), "  "}, // columns are as wide as what was replaced
 	{regexp.MustCompile(`(?m)[ \t]+$`), ""},
