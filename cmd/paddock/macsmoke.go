@@ -5,16 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/paddock-ci/paddock/cmd/internal/config"
+	"github.com/paddock-ci/paddock/cmd/internal/host"
 	"github.com/paddock-ci/paddock/cmd/internal/parts"
 	"github.com/paddock-ci/paddock/cmd/internal/smoke"
 	"github.com/paddock-ci/paddock/fleet"
@@ -102,15 +101,18 @@ type smokeReport struct {
 	Version string         `json:"version"`
 	At      time.Time      `json:"at"`
 	Image   string         `json:"image,omitempty"` // its directory, or the kernel's file
-	Host    []smoke.Result `json:"host"`
+	Host    []host.Finding `json:"host"`
 	Steps   []smoke.Result `json:"steps"`
 }
 
-// all is the host's part and the steps.
-func (r smokeReport) all() []smoke.Result { return slices.Concat(r.Host, r.Steps) }
-
+// failed counts what failed, of the host and of the steps.
 func (r smokeReport) failed() (n int) {
-	for _, s := range r.all() {
+	for _, f := range r.Host {
+		if f.Result == host.Fail {
+			n++
+		}
+	}
+	for _, s := range r.Steps {
 		if s.Outcome == smoke.Failed {
 			n++
 		}
@@ -134,25 +136,39 @@ func macsmoke(ctx context.Context, cmd *cobra.Command, g *globals, f *smokeFlags
 	if err != nil {
 		return err
 	}
+	here := host.This()
+	here.Memory = parts.HostMemory()
 	return trySmoke(ctx, cmd, g, f, smokeParts{
-		driver: driver, run: output, self: self, keys: filepath.Join(runtimeDir, "host_keys"),
-		left: func(ctx context.Context) ([]string, error) { return machinesHere(ctx, output, driver) },
+		driver: driver, host: here, self: self, dir: runtimeDir,
+		left: func(ctx context.Context) ([]string, error) { return machinesHere(ctx, here, driver) },
 	})
 }
 
 // smokeParts are what a trial is made with; tests give others.
 type smokeParts struct {
 	driver vm.Driver
-	run    runner
+	host   host.Machine
 	self   string                                      // this program's path
-	keys   string                                      // file for guests' host keys
+	dir    string                                      // the helpers', also for guests' host keys
 	left   func(ctx context.Context) ([]string, error) // what there is of machines
+}
+
+// parent is where the directory of clones is made.
+func (f *smokeFlags) parent() string {
+	kernel, _, _ := strings.Cut(f.linux, ",")
+	switch {
+	case f.dir != "":
+		return f.dir
+	case or(f.image, kernel) != "":
+		return filepath.Dir(filepath.Clean(or(f.image, kernel)))
+	}
+	return "."
 }
 
 // trySmoke makes the report and prints it.
 func trySmoke(ctx context.Context, cmd *cobra.Command, g *globals, f *smokeFlags, p smokeParts) (err error) {
 	report := smokeReport{Version: versionText(), At: time.Now().UTC().Truncate(time.Second), Image: or(f.image, f.linux), Steps: []smoke.Result{}}
-	report.Host = macHost(ctx, p.run, p.self, or(f.dir, or(filepath.Dir(f.image), ".")))
+	report.Host = examine(ctx, p.host, p.self, f.parent(), p.dir)
 	if report.Image == "" {
 		report.Steps = append(report.Steps, smoke.Result{
 			Step: "all", Outcome: smoke.Skipped, Detail: "no guest to boot: give --image or --linux; paddock image create makes an image",
@@ -190,14 +206,14 @@ func writeSmoke(cmd *cobra.Command, g *globals, r smokeReport) error {
 	}
 	w := cmd.OutOrStdout()
 	fmt.Fprintf(w, "paddock %s, %s, image %s\n\n", r.Version, r.At.Format(time.RFC3339), or(r.Image, "none"))
-	if err := show(cmd, g, r.Host, smokeColumns("HOST")); err != nil {
+	if err := show(cmd, g, r.Host, findingColumns); err != nil {
 		return err
 	}
 	fmt.Fprintln(w)
-	if err := show(cmd, g, r.Steps, smokeColumns("STEP")); err != nil {
+	if err := show(cmd, g, r.Steps, smokeColumns); err != nil {
 		return err
 	}
-	for _, s := range r.all() {
+	for _, s := range r.Steps {
 		if s.Advice != "" {
 			fmt.Fprintf(w, "\n%s: %s\n  %s\n", s.Step, s.Detail, s.Advice)
 		}
@@ -205,26 +221,14 @@ func writeSmoke(cmd *cobra.Command, g *globals, r smokeReport) error {
 	return nil
 }
 
-func smokeColumns(title string) []column[smoke.Result] {
-	return []column[smoke.Result]{
-		{title, false, func(r smoke.Result) string { return r.Step }},
-		{"OUTCOME", false, func(r smoke.Result) string { return string(r.Outcome) }},
-		{"SECONDS", false, func(r smoke.Result) string {
-			if r.Seconds == 0 {
-				return ""
-			}
-			return fmt.Sprintf("%.2f", r.Seconds)
-		}},
-		{"DETAIL", false, func(r smoke.Result) string { return r.Detail }},
-	}
-}
-
-// output runs a program of the host and returns what it prints, on standard error too:
-// Apple's write answers there.
-func output(ctx context.Context, name string, args ...string) (string, error) {
-	const limit = 20 * time.Second
-	ctx, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
-	return strings.TrimSpace(string(out)), err
+var smokeColumns = []column[smoke.Result]{
+	{"STEP", false, func(r smoke.Result) string { return r.Step }},
+	{"OUTCOME", false, func(r smoke.Result) string { return string(r.Outcome) }},
+	{"SECONDS", false, func(r smoke.Result) string {
+		if r.Seconds == 0 {
+			return ""
+		}
+		return fmt.Sprintf("%.2f", r.Seconds)
+	}},
+	{"DETAIL", false, func(r smoke.Result) string { return r.Detail }},
 }

@@ -4,153 +4,63 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os/user"
-	"strconv"
+	"io/fs"
+	"slices"
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
-	"github.com/paddock-ci/paddock/cmd/internal/smoke"
+	"github.com/paddock-ci/paddock/cmd/internal/config"
+	"github.com/paddock-ci/paddock/cmd/internal/host"
+	"github.com/paddock-ci/paddock/cmd/internal/parts"
 	"github.com/paddock-ci/paddock/vm"
 	"github.com/paddock-ci/paddock/vm/helper"
 )
 
-const (
-	// entitlement is what a program's signature must say for the framework to serve it.
-	entitlement = "com.apple.security.virtualization"
-	// vmService is the process in which the framework runs one machine.
-	vmService = "com.apple.Virtualization.VirtualMachine"
-	// leastSmokeDisk is what clones write in a trial, in bytes: three boots and a state.
-	leastSmokeDisk = 20e9
-)
+// vmService is the process in which the framework runs one machine.
+const vmService = "com.apple.Virtualization.VirtualMachine"
 
-// runner runs a program of the host and returns what it prints.
-type runner func(ctx context.Context, name string, args ...string) (string, error)
+// nodesOnly are the checks of doctor that concern a node that has joined, and no trial.
+var nodesOnly = []string{"directory", "files", "kvm", "credential", "controller", "clock"}
 
-// fact is one thing about the host. Its error is what is wrong, and advice what to do.
-type fact struct {
-	name, advice string
-	look         func(ctx context.Context, run runner, self, dir string) (string, error)
+// examine looks at the Mac as doctor does, for a node whose clones would be in dir, and
+// says what kind of Mac it is.
+func examine(ctx context.Context, m host.Machine, self, dir, helpers string) []host.Finding {
+	findings := []host.Finding{aboutMac(ctx, m)}
+	for _, f := range host.Examine(ctx, host.Subject{
+		Node: config.Node{Driver: config.DriverVZ, Dir: dir, Slots: macGuests}, Program: self,
+		Joined:  func() (host.Controller, error) { return host.Controller{}, fs.ErrNotExist },
+		Helpers: helpers, HelperRole: parts.HelperRole, Now: time.Now, Machine: m,
+	}) {
+		if !slices.Contains(nodesOnly, f.Check) {
+			findings = append(findings, f)
+		}
+	}
+	return findings
 }
 
-// macFacts are what decides whether machines can run here, as far as it can be asked.
-var macFacts = []fact{
-	{"model", "Paddock's machines need Apple Silicon", func(ctx context.Context, run runner, _, _ string) (string, error) {
-		model, err := run(ctx, "sysctl", "-n", "hw.model", "machdep.cpu.brand_string", "hw.ncpu")
-		return strings.Join(strings.Split(model, "\n"), ", ") + " cores", err
-	}},
-	{"virtualization", "this system has no hypervisor: is it a machine itself?", func(ctx context.Context, run runner, _, _ string) (string, error) {
-		has, err := run(ctx, "sysctl", "-n", "kern.hv_support")
-		if err == nil && has != "1" {
-			err = fmt.Errorf("kern.hv_support is %q", has)
-		}
-		return "the hypervisor is there", err
-	}},
-	{"macOS", "update to macOS 13 or newer; saved states need 14", macVersion},
-	{"memory", "", func(ctx context.Context, run runner, _, _ string) (string, error) {
-		text, err := run(ctx, "sysctl", "-n", "hw.memsize")
+// aboutMac is what a reader of the report asks first.
+func aboutMac(ctx context.Context, m host.Machine) host.Finding {
+	f := host.Finding{Check: "mac", Result: host.OK}
+	said := make([]string, 0, 3)
+	for _, question := range [][]string{
+		{"sysctl", "-n", "hw.model", "machdep.cpu.brand_string"}, {"sw_vers", "-buildVersion"}, {"sysctl", "-n", "kern.hv_support"},
+	} {
+		answer, err := m.Run(ctx, question[0], question[1:]...)
 		if err != nil {
-			return text, err
+			return host.Finding{Check: f.Check, Result: host.Skip, Text: fmt.Sprintf("%s: %v", strings.Join(question, " "), err)}
 		}
-		bytes, err := strconv.ParseInt(text, 10, 64)
-		return size(bytes), err
-	}},
-	{"free disk", "make room, or name a directory on another volume with --dir", func(_ context.Context, _ runner, _, dir string) (string, error) {
-		var stat unix.Statfs_t
-		if err := unix.Statfs(dir, &stat); err != nil {
-			return "", fmt.Errorf("asking for the free space of %s: %w", dir, err)
-		}
-		free := int64(stat.Bavail) * int64(stat.Bsize)
-		if free < leastSmokeDisk {
-			return "", fmt.Errorf("%s free where clones are put, less than %s", or(size(free), "nothing"), size(leastSmokeDisk))
-		}
-		return size(free), nil
-	}},
-	{"entitlement", "sign the program: make sign; then try again", func(ctx context.Context, run runner, self, _ string) (string, error) {
-		said, err := run(ctx, "codesign", "-d", "--entitlements", "-", "--xml", self)
-		if err == nil && !strings.Contains(said, entitlement) {
-			err = fmt.Errorf("%s is not signed with %s", self, entitlement)
-		}
-		return entitlement, err
-	}},
-	{"login keychain", "log in at the screen, or: security unlock-keychain; a node runs as a logged-in user's agent for the same reason", func(ctx context.Context, run runner, _, _ string) (string, error) {
-		said, err := run(ctx, "security", "show-keychain-info")
-		if err != nil {
-			err = fmt.Errorf("locked, or there is none: %s", or(oneLine(said), err.Error()))
-		}
-		return "unlocked", err
-	}},
-	{"session", "log in at the screen (automatic login is usual on such hosts), as the user who runs this", macSession},
-	{"local network", "", func(context.Context, runner, string, string) (string, error) {
-		return "macOS 15 and newer ask once, at the screen, whether this program may use it: say yes", nil
-	}},
-	{"other machines", "stop them, also a node's: macOS runs two guests at once, and those of this trial are two", func(ctx context.Context, run runner, _, _ string) (string, error) {
-		running, err := services(ctx, run)
-		if err == nil && len(running) > 0 {
-			err = fmt.Errorf("%s run already", count(len(running), "machine"))
-		}
-		return "none", err
-	}},
+		said = append(said, strings.Join(strings.Fields(answer), " "))
+	}
+	f.Text = fmt.Sprintf("%s, build %s, %s of memory", said[0], said[1], size(m.Memory))
+	if said[2] != "1" {
+		f.Result, f.Text, f.Fix = host.Fail, f.Text+", no hypervisor", "use a Mac with Apple Silicon that is no virtual machine itself"
+	}
+	return f
 }
-
-func macVersion(ctx context.Context, run runner, _, _ string) (string, error) {
-	const least = 13
-	version, err := run(ctx, "sw_vers", "-productVersion")
-	if err != nil {
-		return version, err
-	}
-	build, err := run(ctx, "sw_vers", "-buildVersion")
-	if err != nil {
-		return build, err
-	}
-	major, _, _ := strings.Cut(version, ".")
-	if n, err := strconv.Atoi(major); err != nil || n < least {
-		return "", fmt.Errorf("macOS %s", version)
-	}
-	return version + " (" + build + ")", nil
-}
-
-// macSession: the framework wants a session with a screen of the same user.
-func macSession(ctx context.Context, run runner, _, _ string) (string, error) {
-	me, err := user.Current()
-	if err != nil {
-		return "", err
-	}
-	owner, err := run(ctx, "stat", "-f", "%Su", "/dev/console")
-	if err != nil {
-		return owner, err
-	}
-	if owner != me.Username {
-		return "", fmt.Errorf("the screen is %s's, this runs as %s", owner, me.Username)
-	}
-	manager, err := run(ctx, "launchctl", "managername")
-	if err != nil {
-		return manager, err
-	}
-	return owner + ", " + manager, nil
-}
-
-// macHost asks for all facts.
-func macHost(ctx context.Context, run runner, self, dir string) []smoke.Result {
-	rows := make([]smoke.Result, 0, len(macFacts))
-	for _, f := range macFacts {
-		start := time.Now()
-		said, err := f.look(ctx, run, self, dir)
-		row := smoke.Result{Step: f.name, Outcome: smoke.OK, Detail: oneLine(said), Seconds: time.Since(start).Round(time.Millisecond).Seconds()}
-		if err != nil {
-			row.Outcome, row.Detail, row.Advice = smoke.Failed, oneLine(err.Error()), f.advice
-		}
-		rows = append(rows, row)
-	}
-	return rows
-}
-
-func oneLine(text string) string { return strings.Join(strings.Fields(text), " ") }
 
 // services lists the processes of the framework that run machines, by their pids.
-func services(ctx context.Context, run runner) (found []string, err error) {
-	said, err := run(ctx, "ps", "-axww", "-o", "pid=,command=")
+func services(ctx context.Context, m host.Machine) (found []string, err error) {
+	said, err := m.Run(ctx, "ps", "-axww", "-o", "pid=,command=")
 	if err != nil {
 		return nil, fmt.Errorf("listing processes: %w", err)
 	}
@@ -164,8 +74,8 @@ func services(ctx context.Context, run runner) (found []string, err error) {
 
 // machinesHere lists what there is of machines: the framework's processes, our helpers'
 // folders.
-func machinesHere(ctx context.Context, run runner, driver vm.Driver) ([]string, error) {
-	all, err := services(ctx, run)
+func machinesHere(ctx context.Context, m host.Machine, driver vm.Driver) ([]string, error) {
+	all, err := services(ctx, m)
 	if err != nil {
 		return nil, err
 	}

@@ -21,11 +21,7 @@ import (
 
 // trial is the trial that the flags ask for; remove takes away what was made for it.
 func (f *smokeFlags) trial(p smokeParts) (c smoke.Config, remove func() error, err error) {
-	parent := f.dir
-	if parent == "" {
-		parent = filepath.Dir(filepath.Clean(or(f.image, f.linux[:max(0, strings.Index(f.linux, ","))])))
-	}
-	dir, err := os.MkdirTemp(parent, "paddock-smoke-")
+	dir, err := os.MkdirTemp(f.parent(), "paddock-smoke-")
 	if err != nil {
 		return c, nil, fmt.Errorf("make a directory for clones: %w", err)
 	}
@@ -53,7 +49,7 @@ func (f *smokeFlags) trial(p smokeParts) (c smoke.Config, remove func() error, e
 		c.Slots = macGuests
 	}
 	if !c.Agent {
-		c.Open, err = f.openSSH(p.keys)
+		c.Open, err = f.openSSH(filepath.Join(p.dir, "host_keys"))
 	}
 	return c, remove, err
 }

@@ -221,7 +221,10 @@ func TestPlantedFaults(t *testing.T) {
 			"no answer", func(b *bed, c *Config) {
 				c.Patience = 2 * time.Second
 				b.dial = func(ctx context.Context) (net.Conn, error) { <-ctx.Done(); return nil, ctx.Err() }
-			}, "answer", "not within 2s", "does the guest boot", []string{"command", "clock", "save", "resume"},
+				b.afterBoot = func(s vm.Spec) {
+					_ = os.WriteFile(filepath.Join(s.Dir, vm.ConsoleFile), []byte(strings.Repeat("booting\n", 999)+"kernel panic"), 0o600)
+				}
+			}, "answer", "not within 2s: reaching the guest: context deadline exceeded; its console ends: ", "does the guest boot", []string{"command", "clock", "save", "resume"},
 		}, {
 			"no clone", func(_ *bed, c *Config) {
 				c.Clone = func(context.Context, string, string) error { return errors.New("the volume is full") }

@@ -27,13 +27,13 @@ const (
 var steps = []step{
 	{"clone", nil, copies, "the image's directory must be readable and its volume have room; on APFS a clone takes no time and no room",
 		func(ctx context.Context, t *trial) (string, error) { return t.clone(ctx, first, t.Image) }},
-	{"boot", []string{"clone"}, 0, "is this program signed with the virtualization entitlement (make sign), and the login keychain unlocked? the helper's log says more",
+	{"boot", []string{"clone"}, 0, "is this program signed with the virtualization entitlement (make sign), and the login keychain unlocked?",
 		func(ctx context.Context, t *trial) (string, error) { return "", t.boot(ctx, first, "") }},
-	{"answer", []string{"boot"}, 0, "look at the console: does the guest boot, and does what answers (agent or SSH) start by itself, as the right user?",
+	{"answer", []string{"boot"}, 0, "if there is a console, its end is above: does the guest boot, and does what answers (agent or SSH) start by itself, as the right user?",
 		answer(first)},
 	{"command", []string{"answer"}, quick, "log in by hand and run the same command", command},
 	{"clock", []string{"command"}, quick, "the guest has no time service yet: the agent's wake sets its clock", clock(first)},
-	{"guest's address", []string{"answer"}, quick, "does the guest's network come up by DHCP? look at its console", guestAddress},
+	{"guest's address", []string{"answer"}, quick, "does the guest's network come up by DHCP?", guestAddress},
 	{"host's address", []string{"boot"}, time.Minute, "no lease for this machine's MAC address: is the lease file readable, and the network's range not used up? (leases last a day unless told otherwise)", hostAddress},
 	{"port 22", []string{"boot"}, time.Minute, "macOS asks once whether this program may use the local network: System Settings, Privacy & Security, Local Network", port},
 	{"fill the host", []string{"boot"}, 0, "the host runs fewer machines than it should: stop others, or reboot it if there are none", fill},
@@ -60,6 +60,9 @@ func answer(name string) func(context.Context, *trial) (string, error) {
 		})
 		if errors.Is(err, vm.ErrUnsupported) { // no reason to skip what all the rest stands on
 			err = fmt.Errorf("these machines cannot be reached so: %s", oneLine(err))
+		}
+		if console := t.console(name); err != nil && console != "" {
+			err = fmt.Errorf("%w; its console ends: %s", err, console)
 		}
 		return detail, err
 	}

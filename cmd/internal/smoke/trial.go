@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/paddock-ci/paddock/fleet"
@@ -74,6 +75,13 @@ func (t *trial) with(ctx context.Context, name string, f func(Guest) error) erro
 		return fmt.Errorf("reaching the guest: %w", err)
 	}
 	return errors.Join(f(g), closed(g))
+}
+
+// console is the end of what a machine printed, short enough for a row.
+func (t *trial) console(name string) string {
+	const most = 300 // bytes
+	tail := vm.ConsoleTail(t.dir(name))
+	return strings.ToValidUTF8(tail[max(0, len(tail)-most):], "")
 }
 
 // closed closes a guest. That its stream had ended before is no news.
