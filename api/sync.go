@@ -105,6 +105,7 @@ type VMOrder struct {
 	CPU       int               `json:"cpu,omitempty"`
 	Memory    int64             `json:"memory,omitempty"`
 	Disk      int64             `json:"disk,omitempty"`
+	Growth    int64             `json:"growth,omitempty"` // bytes a clone may write; 0: 40 GB
 	Mounts    []fleet.Mount     `json:"mounts,omitempty"`
 	Env       map[string]string `json:"env,omitempty"`
 	Bootstrap fleet.Bootstrap   `json:"bootstrap"`

@@ -106,7 +106,7 @@ type Config struct {
 	// where it can; nil: no states are saved. cache.CloneFile.
 	CloneFile func(ctx context.Context, src, dst string) error
 	// StateMargin is what must stay free on disk for a state to be saved, in bytes;
-	// 0: 40 GB for each slot.
+	// 0: for each slot what a clone may grow by, as the VMs' pools say.
 	StateMargin int64
 
 	Rate func() int64          // measured bytes per second of pulls; nil: not measured

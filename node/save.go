@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -24,7 +25,7 @@ const (
 	entropyBytes = 64
 	// cloneGrowth is kept free on disk for each slot when a state is saved: what a clone may
 	// grow by (the default of a pool's growth), in bytes.
-	cloneGrowth = 40 << 30
+	cloneGrowth = 40e9
 )
 
 // usesStates reports whether VMs of an order may start from saved states. Only Paddock's
@@ -186,7 +187,13 @@ func (a *Agent) stateMargin() int64 {
 	if a.c.StateMargin > 0 {
 		return a.c.StateMargin
 	}
-	return int64(a.c.Slots) * cloneGrowth
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var growth int64
+	for _, l := range a.vms {
+		growth = max(growth, cmp.Or(l.order.Growth, cloneGrowth))
+	}
+	return int64(a.c.Slots) * cmp.Or(growth, cloneGrowth)
 }
 
 // roomForState reports whether the disk has room for the VM's memory beside what the
@@ -206,7 +213,14 @@ func (a *Agent) roomForState(l *life) bool {
 // relieve gives the room of saved states back when the disk fills up, before VMs have to
 // wait for it: a quarter below where states are saved, so that it does not go to and fro.
 func (a *Agent) relieve(free int64) {
-	if free < a.stateMargin()/4*3 {
+	if free < a.stateMargin()/4*3 && a.hasVMs() {
 		a.states.sweep("the disk fills up", func(seat) bool { return true })
 	}
+}
+
+// hasVMs: without any, nothing grows, and nobody says by how much it would.
+func (a *Agent) hasVMs() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.vms) > 0
 }

@@ -192,7 +192,7 @@ func reason(vm *fleet.VM) string {
 func vmOrder(vm *fleet.VM, pool *fleet.Pool) api.VMOrder {
 	return api.VMOrder{
 		ID: vm.ID, Pool: vm.Pool, Image: vm.Image, Ref: pool.Image,
-		CPU: pool.CPU, Memory: pool.Memory, Disk: pool.Disk, Mounts: pool.Mounts, Env: pool.Env,
+		CPU: pool.CPU, Memory: pool.Memory, Disk: pool.Disk, Growth: pool.Growth, Mounts: pool.Mounts, Env: pool.Env,
 		Bootstrap: pool.Bootstrap, Runner: pool.Runner, Deadlines: pool.Deadlines.WithDefaults(),
 		PlacedAt: vm.PlacedAt, Job: vm.Job,
 	}
