@@ -3,6 +3,7 @@ package node
 import (
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
@@ -73,4 +74,43 @@ func TestAddressAgain(t *testing.T) {
 	s.office.await(t, "the next agent says it, too", func() bool { return s.office.last.Session != session && has("192.168.64.7")() })
 	stop()
 	s.checkEmpty(t)
+}
+
+// TestNetworkBeforeRunner: a runner is not started before the guest's network was asked
+// for, and is started in the end whatever becomes of that.
+func TestNetworkBeforeRunner(t *testing.T) {
+	for takes, want := range map[time.Duration]time.Duration{0: 0, 3 * time.Second: 3 * time.Second, time.Hour: networkTime} {
+		t.Run(takes.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newStand(t)
+				s.yard.saves, s.yard.network = true, takes
+				s.office.start["aaaaaaaa"] = runnerOrder("aaaaaaaa")
+				s.office.place(s.order("aaaaaaaa", jobLasts))
+				stop := s.agent(t)
+				r := s.office.awaitState(t, "aaaaaaaa", fleet.VMBusy)
+				if took := r.RegisteredAt.Sub(r.WarmAt).Round(time.Second); took != want {
+					t.Errorf("its runner came after %v, want %v", took, want)
+				}
+				stop()
+				s.checkEmpty(t)
+			})
+		})
+	}
+}
+
+// TestAddressDuringAChange: an address that comes while the VM's record is written is
+// not lost.
+func TestAddressDuringAChange(t *testing.T) {
+	s := newStand(t)
+	a, err := New(Config{ID: "mac-1", Dir: s.dir, Machines: s.yard, Images: s.shelf, Sync: s.office.Sync})
+	must(t, err)
+	order := s.order("aaaaaaaa", "")
+	l := newLife(record{Report: api.VMReport{ID: order.ID, Order: order, State: fleet.VMBooting}})
+	must(t, a.update(l, func(r *record) {
+		a.setAddress(l, "10.0.0.7")
+		r.Report.State = fleet.VMWarm
+	}))
+	if r := a.recordOf(l).Report; r.Address != "10.0.0.7" || r.State != fleet.VMWarm {
+		t.Errorf("%+v", r)
+	}
 }

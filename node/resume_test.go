@@ -202,6 +202,8 @@ func TestLeftovers(t *testing.T) {
 	}
 	s.clone(t, s.order("orphan22", ""))
 	running(t, s, s.order("stranger", ""))
+	running(t, s, s.order("endedone", "")) // of which an agent lost the journal
+	s.yard.machines["endedone"].die("killed")
 	other := &journal{dir: a.journal.dir, node: "mac-2"}
 	if err := other.put(record{Report: api.VMReport{ID: "foreign2", State: fleet.VMWarm, Order: api.VMOrder{ID: "foreign2"}}}); err != nil {
 		t.Fatal(err)

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/paddock-ci/paddock/runner/guest"
 	"github.com/paddock-ci/paddock/vm"
@@ -36,6 +37,7 @@ type yardPorts struct {
 	address   string         // the driver's word; "": it has none
 	refusals  int            // so many questions for the network fail
 	addressed int            // questions to the driver
+	network   time.Duration  // how long a guest's network takes to come up
 }
 
 // memory is what a state holds of its machine.
@@ -134,8 +136,12 @@ func (m *machine) Address(context.Context) (string, error) {
 // inside is what the guest agent does to its machine.
 type inside struct{ m *machine }
 
-func (i inside) NetworkUp(context.Context) error {
+func (i inside) NetworkUp(ctx context.Context) error {
 	y := i.m.yard
+	y.mu.Lock()
+	takes := y.network
+	y.mu.Unlock()
+	pause(ctx, takes)
 	y.mu.Lock()
 	defer y.mu.Unlock()
 	if y.refusals > 0 {

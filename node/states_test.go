@@ -248,6 +248,33 @@ func TestSeatAfterARestart(t *testing.T) {
 	s.checkEmpty(t)
 }
 
+// TestNoStatesBesideAStranger: a machine that the journal does not know may have the
+// identity of any state, so none is used until it is gone.
+func TestNoStatesBesideAStranger(t *testing.T) {
+	s := newSavingStand(t)
+	stop := s.agent(t)
+	s.warm(t, "aaaaaaaa", nil)
+	s.destroy(t, "aaaaaaaa")
+	s.awaitStates(t, 1)
+	stop()
+	running(t, s, s.order("stranger", ""))
+	stop = s.agent(t)
+	if r := s.warm(t, "bbbbbbbb", nil); r.Tier != fleet.TierCold {
+		t.Errorf("beside a stranger: %+v", r)
+	}
+	s.destroy(t, "bbbbbbbb")
+	s.awaitStates(t, 0)
+	stop()
+	s.yard.machines["stranger"].die("ended by a person")
+	stop = s.agent(t)
+	if r := s.warm(t, "cccccccc", nil); r.Tier != fleet.TierSaved {
+		t.Errorf("and after it: %+v", r)
+	}
+	s.destroy(t, "cccccccc")
+	stop()
+	s.checkEmpty(t)
+}
+
 // TestKilledBetweenStateAndWarm: the agent died after the machine had started from a
 // state and before the guest was woken: the next one wakes it before it is warm.
 func TestKilledBetweenStateAndWarm(t *testing.T) {

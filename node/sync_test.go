@@ -338,3 +338,21 @@ func TestNoSecretOnDisk(t *testing.T) {
 		t.Errorf("walked %d files: %v", files, err)
 	}
 }
+
+// TestPastIsForgotten: VMs that were acknowledged as done are remembered for an hour.
+func TestPastIsForgotten(t *testing.T) {
+	inBubble(t, func(t *testing.T, s *stand) {
+		a, err := New(Config{ID: "mac-1", Dir: s.dir, Machines: s.yard, Images: s.shelf, Sync: s.office.Sync})
+		must(t, err)
+		l := newLife(record{Report: api.VMReport{ID: "aaaaaaaa", State: fleet.VMDone}})
+		l.told = 1
+		a.vms["aaaaaaaa"] = l
+		for i, want := range []int{1, 1, 0} {
+			a.forget(1)
+			if len(a.past) != want {
+				t.Errorf("step %d: %d remembered, want %d", i, len(a.past), want)
+			}
+			time.Sleep(40 * time.Minute)
+		}
+	})
+}
