@@ -144,10 +144,12 @@ func told(err error) *api.Error {
 	return &api.Error{Status: http.StatusInternalServerError, Message: "something went wrong here", Hint: "the controller's log says what"}
 }
 
-// refuse answers an error, and logs those that are ours.
+// refuse answers an error, and logs those that are ours. What a handler says in so many
+// words (a node does not answer) is no failure here.
 func (s *Server) refuse(c *gin.Context, path string, err error) {
 	e := told(err)
-	if e.Status >= http.StatusInternalServerError && c.Request.Context().Err() == nil {
+	meant := (*api.Error)(nil)
+	if e.Status >= http.StatusInternalServerError && !errors.As(err, &meant) && c.Request.Context().Err() == nil {
 		s.log.Error("a request failed", "route", path, "status", e.Status, "error", err)
 	}
 	if e.Status == http.StatusUnauthorized {

@@ -132,3 +132,28 @@ func TestSessionsOfADeadReplica(t *testing.T) {
 		t.Errorf("still ordered: %+v", reply.Sessions)
 	}
 }
+
+// BenchmarkSession opens a session from call to stream, with the node's sync parked, and
+// carries megabytes through it.
+func BenchmarkSession(b *testing.B) {
+	h := newHouse(b)
+	m := h.warmUp()
+	h.server.times.look = time.Hour
+	b.Run("open", func(b *testing.B) {
+		for b.Loop() {
+			near, far := m.meets(port22)
+			_, _ = near.Close(), far.Close()
+		}
+	})
+	b.Run("bytes", func(b *testing.B) {
+		near, far := m.meets(port22)
+		piece := make([]byte, 1<<20)
+		b.SetBytes(int64(len(piece)))
+		go func() { _, _ = io.Copy(io.Discard, far) }()
+		for b.Loop() {
+			if _, err := near.Write(piece); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
