@@ -192,8 +192,8 @@ func (c *Client) forget(call *call) {
 	delete(c.waiting, call.id)
 }
 
-// write sends one encoded message. When it ends in mid-message the connection is closed,
-// since nothing sensible can follow.
+// write sends one encoded message. When it is cut short the connection is closed: half of
+// the message may be out, or all of it later, and nothing sensible can follow.
 func (c *Client) write(ctx context.Context, b []byte) error {
 	limit, cancel := context.WithTimeout(ctx, writeLimit)
 	defer cancel()
@@ -209,7 +209,7 @@ func (c *Client) write(ctx context.Context, b []byte) error {
 		_ = c.conn.SetWriteDeadline(time.Unix(1, 0))
 		close(cut)
 	})
-	n, err := c.conn.Write(b)
+	_, err := c.conn.Write(b)
 	if !stop() { // a deadline that is about to be set must not meet the next message
 		<-cut
 	}
@@ -217,9 +217,7 @@ func (c *Client) write(ctx context.Context, b []byte) error {
 	if err == nil {
 		return nil
 	}
-	if n > 0 || ctx.Err() == nil {
-		_ = c.conn.Close()
-	}
+	_ = c.conn.Close()
 	return c.unwritten(ctx, err)
 }
 

@@ -103,6 +103,49 @@ func TestAWickedGuest(t *testing.T) {
 	}
 }
 
+// A guest that answers and then reads nothing more stops the raw stream; nobody waits for
+// it longer than asked.
+func TestADeafGuest(t *testing.T) {
+	for _, room := range []int{0, 12, 1000} { // bytes that it still reads
+		host, inside := net.Pipe()
+		go func() {
+			begins := scanner{meaning: wordBegin}
+			buf := make([]byte, markSize)
+			for {
+				n, err := inside.Read(buf)
+				if err != nil {
+					return
+				}
+				if nonce, _, ok := begins.find(buf[:n]); ok {
+					_, _ = inside.Write(mark(wordAnswer, nonce))
+					_, _ = io.ReadFull(inside, make([]byte, room))
+					return
+				}
+			}
+		}()
+		started := time.Now()
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		l := NewLine(func(context.Context) (net.Conn, error) { return host, nil })
+		conn, err := l.Dial(ctx)
+		if err == nil {
+			c := New(conn)
+			for err == nil {
+				_, err = c.Exec(ctx, Command{Argv: []string{"x"}, Input: make([]byte, 1000)}, nil)
+			}
+			_ = c.Close()
+		}
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("room for %d: %v", room, err)
+		}
+		_ = l.Close()
+		if took := time.Since(started); took > 15*time.Second {
+			t.Errorf("room for %d: it held us for %v", room, took)
+		}
+		_ = inside.Close()
+		cancel()
+	}
+}
+
 // The guard lets nothing through that makes the multiplexer hold memory.
 func TestGuardBoundsTheGuest(t *testing.T) {
 	for _, name := range []string{"a flood of pings", "streams of its own", "a stream opened by data", "an endless message", "more than the window"} {
