@@ -34,6 +34,9 @@ again with others to change them. Restarts and upgrades of the agent leave its V
 			if err != nil {
 				return err
 			}
+			if program := s.Program(); strings.Contains(program, "/go-build") && filepath.Base(filepath.Dir(program)) == "exe" {
+				return errors.New("this program is go run's and gone when it ends (hint: go install it, and run that)")
+			}
 			if printOnly {
 				_, err := fmt.Fprint(cmd.OutOrStdout(), s.Text())
 				return err
@@ -150,9 +153,6 @@ func agentService(g *globals, cmd *cobra.Command, c *config.Config) (*service.Se
 			}
 		}
 		s.Args = append(s.Args, "--"+flag, value)
-	}
-	if strings.HasPrefix(program, os.TempDir()) && strings.Contains(program, "go-build") {
-		return nil, errors.New("this program is go run's and gone when it ends (hint: go install it, and run that)")
 	}
 	return service.New(s)
 }

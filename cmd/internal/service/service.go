@@ -107,6 +107,9 @@ func New(c Config) (*Service, error) {
 // Path is where the service manager's file is, or would be.
 func (s *Service) Path() string { return s.m.path() }
 
+// Program is what the agent is started from.
+func (s *Service) Program() string { return s.c.Program }
+
 // Text is that file.
 func (s *Service) Text() string { return s.m.text() }
 
