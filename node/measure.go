@@ -1,6 +1,11 @@
 package node
 
 import (
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"log/slog"
+	"os"
 	"sync"
 	"time"
 
@@ -11,15 +16,50 @@ import (
 const startStep = 100 * time.Millisecond
 
 // starts measures how soon guests answer: for each image and way of starting a running
-// mean in which the latest start counts a quarter. It is kept in memory: an agent that
-// was started again measures anew.
+// mean in which the latest start counts a quarter. A file keeps it for the agent's next
+// start; one that is lost or cannot be read costs a few starts until it is known again.
 type starts struct {
+	path string
+	log  *slog.Logger
+
 	mu sync.Mutex
 	by map[fleet.Digest]fleet.ImageStart
 }
 
-func newStarts() *starts { return &starts{by: map[fleet.Digest]fleet.ImageStart{}} }
+func newStarts(path string, log *slog.Logger) *starts {
+	return &starts{path: path, log: log, by: map[fleet.Digest]fleet.ImageStart{}}
+}
 
+// maxStarts bounds the file in bytes: an image takes 150.
+const maxStarts = 1 << 20
+
+// open reads what agents before this one measured.
+func (s *starts) open() {
+	data, err := readBounded(s.path, maxStarts)
+	if errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	read := map[fleet.Digest]fleet.ImageStart{}
+	if err == nil {
+		err = json.Unmarshal(data, &read)
+	}
+	if err != nil {
+		s.log.Warn("how soon guests answer is measured anew", "error", err)
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for d, mean := range read {
+		if mean.Cold >= 0 && mean.Saved >= 0 && mean.Cold <= maxMean && mean.Saved <= maxMean {
+			s.by[d] = mean
+		}
+	}
+}
+
+// maxMean is longer than any boot is waited for.
+const maxMean = 24 * time.Hour
+
+// add counts one start.
 func (s *starts) add(image fleet.Digest, tier fleet.StartTier, took time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -30,6 +70,21 @@ func (s *starts) add(image fleet.Digest, tier fleet.StartTier, took time.Duratio
 		mean.Cold = weigh(mean.Cold, took)
 	}
 	s.by[image] = mean
+	if err := s.write(); err != nil {
+		s.log.Debug("how soon guests answer was not written down", "error", err)
+	}
+}
+
+// write replaces the file, without waiting for the disk: a job may wait.
+func (s *starts) write() error {
+	data, err := json.Marshal(s.by)
+	if err == nil {
+		err = os.WriteFile(s.path+".new", data, 0o600)
+	}
+	if err == nil {
+		err = os.Rename(s.path+".new", s.path)
+	}
+	return err
 }
 
 func weigh(mean, took time.Duration) time.Duration {

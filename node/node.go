@@ -175,7 +175,7 @@ func New(c Config) (*Agent, error) {
 		waiting:  map[fleet.VMID]bool{},
 		evicting: map[fleet.Digest]bool{},
 		applied:  make(chan struct{}),
-		starts:   newStarts(),
+		starts:   newStarts(filepath.Join(c.Dir, "starts.json"), c.Log),
 	}
 	seats := c.Slots
 	if !c.SaveStates || c.CloneFile == nil {

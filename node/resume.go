@@ -34,6 +34,7 @@ func (a *Agent) resume(lives context.Context) error {
 	if err := a.sweepClones(ours, strangers); err != nil {
 		return err
 	}
+	a.starts.open()
 	if err := a.states.open(); err != nil {
 		return err
 	}
