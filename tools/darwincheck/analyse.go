@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 
 	"golang.org/x/tools/go/analysis"
 	"golang.org/x/tools/go/analysis/checker"
@@ -60,6 +61,9 @@ func analyse(loaded []*foreign.Package) (findings []string, err error) {
 		own[p.Path] = q
 		list = append(list, q)
 	}
+	// With its tests a package is all that it is without: as such it only lends others
+	// what was learned of it.
+	list = slices.DeleteFunc(list, func(p *packages.Package) bool { return own[p.ID+" ["+p.ID+".test]"] != nil })
 	graph, err := checker.Analyze(analysers, list, nil)
 	if err != nil {
 		return nil, fmt.Errorf("running the analysers: %w", err)

@@ -17,6 +17,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"slices"
 	"time"
 
@@ -29,6 +30,7 @@ const framework = "github.com/Code-Hex/vz/v3"
 func main() {
 	dir := flag.String("dir", ".", "the module's directory")
 	flag.Parse()
+	debug.SetGCPercent(200) // a short life: most of what is read is kept
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
 	if err := run(ctx, os.Stdout, foreign.Config{Dir: *dir, Patterns: flag.Args()}); err != nil {

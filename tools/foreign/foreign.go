@@ -232,10 +232,22 @@ func (l *loader) parse(p listed) (s source) {
 			s.errors = append(s.errors, err.Error())
 		}
 		if file != nil {
+			if !p.own() {
+				dropBodies(file)
+			}
 			s.names, s.files = append(s.names, name), append(s.files, file)
 		}
 	}
 	return s
+}
+
+// dropBodies empties functions that are not looked at: most of what a tree holds.
+func dropBodies(file *ast.File) {
+	for _, d := range file.Decls {
+		if f, ok := d.(*ast.FuncDecl); ok && f.Body != nil {
+			f.Body = &ast.BlockStmt{Lbrace: f.Body.Lbrace, Rbrace: f.Body.Rbrace}
+		}
+	}
 }
 
 func (p listed) own() bool { return p.Module != nil && p.Module.Main }
