@@ -30,6 +30,7 @@ import (
 	"github.com/paddock-ci/paddock/vm/helper"
 	"github.com/paddock-ci/paddock/vm/process"
 	"github.com/paddock-ci/paddock/vm/process/processtest"
+	"github.com/paddock-ci/paddock/vm/qemu"
 )
 
 // The parts of production fit.
@@ -73,6 +74,13 @@ func TestMain(m *testing.M) {
 }
 
 func helperMain() error {
+	if len(os.Args) > 2 && os.Args[2] == qemuSwitch {
+		driver, err := qemu.New(qemu.Config{CloneFile: cache.CloneFile, Network: "none"})
+		if err != nil {
+			return err
+		}
+		return helper.Main(context.Background(), driver, os.Stdin)
+	}
 	driver, err := process.New(process.Config{Command: []string{os.Args[0], guestArg}})
 	if err != nil {
 		return err
@@ -100,7 +108,11 @@ func realAgent(dir, url string, fetcher cache.Fetcher, log *slog.Logger) (*Agent
 	if err != nil {
 		return nil, nil, err
 	}
-	machines, err := helper.New(helper.Config{Command: []string{os.Args[0], helperArg}, Dir: filepath.Join(dir, "run")})
+	command := []string{os.Args[0], helperArg}
+	if _, err := os.Lstat(filepath.Join(dir, qemuSwitch)); err == nil {
+		command = append(command, qemuSwitch)
+	}
+	machines, err := helper.New(helper.Config{Command: command, Dir: filepath.Join(dir, "run")})
 	if err != nil {
 		return nil, nil, err
 	}
@@ -159,11 +171,11 @@ type built struct {
 	blobs    map[fleet.Digest][]byte
 }
 
-func build(t *testing.T) *built {
+func build(t *testing.T, source tart.Source) *built {
 	t.Helper()
 	b := &built{blobs: map[fleet.Digest][]byte{}}
 	var err error
-	b.manifest, err = tart.Build(registrytest.Source("ab0a", 64<<10), func(l tart.Layer) error {
+	b.manifest, err = tart.Build(source, func(l tart.Layer) error {
 		b.blobs[l.Digest] = bytes.Clone(l.Data)
 		return nil
 	})
@@ -201,7 +213,7 @@ func newMac(t *testing.T) *mac {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	m := &mac{dir: dir, office: newOffice(), image: build(t)}
+	m := &mac{dir: dir, office: newOffice(), image: build(t, registrytest.Source("ab0a", 64<<10))}
 	m.url = m.office.serve(t)
 	return m
 }
