@@ -123,6 +123,9 @@ func (p *pass) waits(e *entry, pool *pool, o *outcome) string {
 	if c.far() {
 		slot += " at the earliest" // what waits before it is not reserved that far
 	}
+	if c.saved {
+		slot += " for a start from its saved state"
+	}
 	switch {
 	case c.image == 0 && s.idle != "" && s.pool != pool.Name:
 		return fmt.Sprintf("for the slot on %s of an idle VM of pool %s, free in %s", n.in.ID, s.pool, slot)
