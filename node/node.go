@@ -8,9 +8,11 @@
 // (vm/helper); cmd builds it from those and calls Run. This is what Run does:
 //
 //  1. It takes the lock of its directory, so that two agents never share a journal.
-//  2. It reads the journal, and each VM in it that was not done is lived on by live.
-//  3. It removes clones and leases that no journal entry speaks for, and leaves
-//     machines alone that none speaks for.
+//  2. It reads the journal, and each VM in it that was not done is lived on by live:
+//     clone, boot (from a saved state where there is one), the guest's answer by the
+//     pool's bootstrap, runner, end.
+//  3. It removes clones, leases and saved states that no journal entry or image speaks
+//     for, and leaves machines alone that none speaks for.
 //  4. It syncs: the whole inventory goes out, a reply comes back and is applied. News
 //     ends a parked call early; an error is tried again and stops no VM.
 //  5. It pulls what the last reply asked to hold, most urgent first.
