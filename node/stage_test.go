@@ -7,10 +7,12 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
 )
 
@@ -120,4 +122,30 @@ func TestGitHubsRunner(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestGitHubsRunnerBySSH: the same in a stock guest, whose own runner is older.
+func TestGitHubsRunnerBySSH(t *testing.T) {
+	data := runnerArchive(t, "2.330.0")
+	d := newDepot(t, func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(data) })
+	s, guest := newStand(t), newSSHD(t)
+	home := filepath.Join(guest.home, "actions-runner")
+	must(t, os.Mkdir(home, 0o700))
+	must(t, os.WriteFile(filepath.Join(home, "run.sh"), []byte(runScript("2.311.0")), 0o700))
+	s.yard.port, s.office.logins = guest.serve, []api.PoolLogin{guest.login}
+	order := s.order("aaaaaaaa", "")
+	order.Runner, order.Env, order.Bootstrap = nil, map[string]string{"WANT": "2.330.0"}, fleet.BootstrapSSH
+	runner := runnerOrder(order.ID)
+	runner.JIT = githubJIT(t)
+	runner.Archives = []fleet.Archive{{OS: "linux", Arch: "amd64", Name: "actions-runner-linux-x64-2.330.0.tar.gz", URL: d.URL + "/r.tar.gz", SHA256: sumOf(data)}}
+	s.office.start[order.ID] = runner
+	s.office.place(order)
+	stop := s.agent(t)
+	if r := s.office.awaitState(t, order.ID, fleet.VMDone); r.Reason != "runner exited 0" || r.BusyAt.IsZero() {
+		t.Errorf("%+v", r)
+	}
+	stop()
+	s.checkEmpty(t)
+	guest.check(t)
+	noSecrets(t, s.dir, "", credentials, runner.JIT)
 }
