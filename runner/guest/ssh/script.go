@@ -24,6 +24,8 @@ var (
 	scriptStart string
 	//go:embed scripts/output.sh
 	scriptOutput string
+	//go:embed scripts/exec.sh
+	scriptExec string
 	//go:embed scripts/put.sh
 	scriptPut string
 )
@@ -69,30 +71,34 @@ func quotePath(path string) string {
 
 // startScript is the script that starts a runner. Its input is not in it.
 func startScript(r guest.Run, dir string) (string, error) {
-	if r.Dir != "" {
-		dir = r.Dir
-	}
 	switch {
 	case r.Name == "" || len(r.Name) > maxName || strings.ContainsFunc(r.Name, isControl):
 		return "", fmt.Errorf("a runner needs a name of one line and at most %d bytes", maxName)
-	case len(r.Argv) == 0 || r.Argv[0] == "":
-		return "", errors.New("a runner needs a program")
 	case len(r.Input) > maxInput:
 		return "", fmt.Errorf("an input of %d bytes: at most %d go through a guest's shell", len(r.Input), maxInput)
 	}
-	arguments := make([]string, len(r.Argv))
-	for i, a := range r.Argv {
+	return programScript(scriptStart, r.Argv, r.Env, dir, "runner="+quote(r.Name))
+}
+
+// programScript is a script that runs a program: it finds dir, the arguments in $@, and a
+// function that sets the environment.
+func programScript(body string, argv []string, env map[string]string, dir string, set ...string) (string, error) {
+	if len(argv) == 0 || argv[0] == "" {
+		return "", errors.New("a runner or a command needs a program")
+	}
+	arguments := make([]string, len(argv))
+	for i, a := range argv {
 		arguments[i] = quote(a)
 	}
 	environment := []string{"environment() {", ":"}
-	for _, key := range slices.Sorted(maps.Keys(r.Env)) {
+	for _, key := range slices.Sorted(maps.Keys(env)) {
 		if !variable.MatchString(key) {
 			return "", fmt.Errorf("env: %q is no name that a shell can pass on: letters, digits and _ only", key)
 		}
-		environment = append(environment, "export "+key+"="+quote(r.Env[key]))
+		environment = append(environment, "export "+key+"="+quote(env[key]))
 	}
-	text := script(scriptStart, "runner="+quote(r.Name), "dir="+quotePath(dir),
-		"set -- "+strings.Join(arguments, " "), strings.Join(environment, "\n")+"\n}")
+	set = append(set, "dir="+quotePath(dir), "set -- "+strings.Join(arguments, " "), strings.Join(environment, "\n")+"\n}")
+	text := script(body, set...)
 	if strings.ContainsRune(text, 0) {
 		return "", errors.New("a NUL byte in an argument, a variable or a directory")
 	}

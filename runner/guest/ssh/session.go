@@ -28,6 +28,9 @@ type job struct {
 	input  io.Reader // what follows the script on its standard input; nil: nothing
 	hold   bool      // keep the standard input open until the answer is there
 	answer func(*reader) error
+
+	complain io.Writer // takes all of its error output; nil: its beginning is for an error
+	kill     bool      // kill what runs when the caller's context ends
 }
 
 // run has the guest's /bin/sh run a script. The command line is always the same but for
@@ -40,8 +43,8 @@ func (c *Client) run(ctx context.Context, j job) error {
 	}
 	mark := "paddock-" + rand.Text()
 	text := "echo " + mark + "\n" + j.script
-	s := &session{mark: mark}
-	err := c.within(ctx, s.close, func() error {
+	s := &session{mark: mark, kill: j.kill}
+	return c.within(ctx, s.abandon, func() error {
 		if err := s.open(c.conn); err != nil {
 			return fmt.Errorf("%w: %w", guest.ErrLost, err)
 		}
@@ -51,7 +54,6 @@ func (c *Client) run(ctx context.Context, j job) error {
 		}
 		return c.converse(s, text, j)
 	})
-	return err
 }
 
 // within calls f. When ctx ends it calls stop, and cuts the connection if f has not
@@ -82,6 +84,7 @@ func (c *Client) within(ctx context.Context, stop func(), f func() error) error 
 // session is one SSH session, which may be closed while it is being opened.
 type session struct {
 	mark string
+	kill bool
 
 	mu     sync.Mutex
 	closed bool
@@ -129,6 +132,16 @@ func (s *session) close() {
 	}
 }
 
+// abandon ends a session whose answer nobody waits for any more.
+func (s *session) abandon() {
+	s.mu.Lock()
+	if s.kill && s.ssh != nil {
+		_ = s.ssh.Signal(xssh.SIGKILL) // a server that does not know it, or is gone
+	}
+	s.mu.Unlock()
+	s.close()
+}
+
 // converse sends the script and its input and takes the answer. The three streams run at
 // once, since a full one would stop the others. The sender, which reads what a caller
 // gave, has ended when it returns; the error output is the connection's to wait for,
@@ -139,12 +152,19 @@ func (c *Client) converse(s *session, text string, j job) error {
 	complaint, drained := &head{}, make(chan struct{})
 	c.reading.Go(func() {
 		defer close(drained)
-		_, _ = io.Copy(complaint, s.err) // its end is the session's
+		to := io.Writer(complaint)
+		if j.complain != nil {
+			to = io.MultiWriter(complaint, j.complain)
+		}
+		_, _ = io.Copy(to, s.err) // its end is the session's
 	})
 	r := &reader{Reader: bufio.NewReaderSize(s.out, maxLine), ended: s.ended}
 	err := r.preface(s.mark)
 	if err == nil {
 		err = j.answer(r)
+	}
+	if err == nil && j.complain != nil {
+		<-drained
 	}
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		<-drained // both outputs end at once

@@ -103,6 +103,14 @@ func (c *Client) Close() error {
 	return nil
 }
 
+// in is a directory that a caller asked for, or the runner's.
+func (c *Client) in(dir string) string {
+	if dir != "" {
+		return dir
+	}
+	return c.dir
+}
+
 // stayAlive cuts the connection when the server stops answering: a machine that was
 // stopped or a network that went away says nothing by itself.
 func (c *Client) stayAlive() {
@@ -142,7 +150,7 @@ func (c *Client) Hello(ctx context.Context) (guest.Hello, error) {
 // exited; another name is guest.ErrOccupied. After guest.ErrLost it may run or not: ask
 // again.
 func (c *Client) Start(ctx context.Context, r guest.Run) error {
-	text, err := startScript(r, c.dir)
+	text, err := startScript(r, c.in(r.Dir))
 	if err != nil {
 		return fmt.Errorf("starting runner %s: %w", r.Name, err)
 	}

@@ -63,7 +63,7 @@ func TestMain(m *testing.M) {
 }
 
 func makeAccount(name string) error {
-	if out, err := exec.CommandContext(context.Background(), "useradd", "-M", "-d", "/nonexistent", "-s", "/bin/sh", name).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(context.Background(), "useradd", "-M", "-d", "/", "-s", "/bin/sh", name).CombinedOutput(); err != nil {
 		return fmt.Errorf("useradd: %w: %s", err, out)
 	}
 	set := exec.CommandContext(context.Background(), "chpasswd")
