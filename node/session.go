@@ -47,7 +47,9 @@ const (
 	consoleEvery = 200 * time.Millisecond
 	// lastWords is how long what a machine printed at its end may take to be passed on.
 	lastWords = 500 * time.Millisecond
-	// quietLogs is the silence after which a runner's kept output counts as all there is.
+	// firstLogs is how long the first of a runner's kept output may take to come, and
+	// quietLogs the silence after which what has come counts as all there is.
+	firstLogs = 5 * time.Second
 	quietLogs = 500 * time.Millisecond
 )
 
@@ -381,7 +383,7 @@ func printLogs(ctx context.Context, w io.Writer, output func(context.Context, fu
 	defer end()
 	var quiet *time.Timer
 	if once {
-		quiet = time.AfterFunc(quietLogs, end)
+		quiet = time.AfterFunc(firstLogs, end)
 		defer quiet.Stop()
 	}
 	return output(ctx, func(p []byte) {

@@ -407,3 +407,41 @@ func TestPortWithoutAgent(t *testing.T) {
 		t.Errorf("a driver that does not: %v", err)
 	}
 }
+
+// A guest without the agent is connected to all the same: its ports by the driver, its
+// runner's output by the way that its pool uses.
+func TestSessionsOverSSH(t *testing.T) {
+	s, d, sshd := newStand(t), newDesk(t), newSSHD(t)
+	s.people, s.yard.port = d, sshd.serve
+	end := filepath.Join(sshd.dir, "end")
+	order := s.order("a", jobRuns+"; until test -e "+end+"; do sleep 0.05; done")
+	order.Bootstrap = fleet.BootstrapSSH
+	s.office.order(func() {
+		s.office.start["a"], s.office.logins = runnerOrder("a"), []api.PoolLogin{sshd.login}
+	})
+	s.office.place(order)
+	stop := s.agent(t)
+	s.office.awaitState(t, "a", fleet.VMBusy)
+	s.ask(api.SessionOrder{ID: "port", VM: "a", Kind: api.SessionPort, Port: 22})
+	conn := d.meet()
+	banner := make([]byte, 8)
+	if _, err := io.ReadFull(conn, banner); err != nil || string(banner) != "SSH-2.0-" {
+		t.Errorf("%q, %v", banner, err)
+	}
+	s.ask(api.SessionOrder{ID: "once", VM: "a", Kind: api.SessionLogs, Once: true})
+	if text, err := io.ReadAll(d.meet()); err != nil || !strings.Contains(string(text), "Running job: build\n") {
+		t.Errorf("%q, %v", text, err)
+	}
+	s.ask(api.SessionOrder{ID: "follow", VM: "a", Kind: api.SessionLogs})
+	follow := d.meet()
+	if _, err := io.ReadFull(follow, make([]byte, 10)); err != nil {
+		t.Error(err)
+	}
+	must(t, os.WriteFile(end, nil, 0o600))
+	s.office.awaitState(t, "a", fleet.VMDone)
+	over(t, follow)
+	over(t, conn)
+	stop()
+	s.checkEmpty(t)
+	sshd.check(t)
+}

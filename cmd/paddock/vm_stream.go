@@ -29,7 +29,7 @@ func logsCommand(g *globals) *cobra.Command {
 	follow, raw := false, false
 	cmd := &cobra.Command{
 		Use: "logs VM", Short: "Show what a VM's runner prints", Args: cobra.ExactArgs(1),
-		Long: "Show what is kept of a VM's runner's output, its last 64 KiB; with -f also what comes, until the\nrunner ends or Ctrl-C. What a job's steps print is GitHub's to show.\n\n" + aboutVM,
+		Long: "Show what is kept of a VM's runner's output, its last 64 KiB or more; with -f also what comes,\nuntil the runner ends or Ctrl-C. What a job's steps print is GitHub's to show.\n\n" + aboutVM,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return printSession(cmd, g, args[0], api.SessionOrder{Kind: api.SessionLogs, Once: !follow}, raw)
 		},
