@@ -1,7 +1,9 @@
 package main
 
 import (
+	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -81,20 +83,20 @@ func (m *machine) start(ctx context.Context) error {
 var _, _ = boot, (*machine).start
 `
 
-// plant checks one package of the product's module, which is not really there.
-func plant(t *testing.T, text string) result {
+// plant checks packages of the product's module which are not really there, one for each
+// text, by their names.
+func plant(t *testing.T, texts map[string]string) result {
 	t.Helper()
 	dir, err := filepath.Abs(root)
 	if err != nil {
 		t.Fatal(err)
 	}
-	r, err := check(t.Context(), foreign.Config{
-		Dir: root, Patterns: []string{"./vm/planted"},
-		Overlay: map[string]string{
-			filepath.Join(dir, "vm", "planted", "planted.go"): text,
-			filepath.Join(dir, "vm", "planted", "doc.go"):     "package planted\n", // is in every build
-		},
-	})
+	overlay := map[string]string{}
+	for name, text := range texts {
+		overlay[filepath.Join(dir, "vm", "planted", name, "planted.go")] = text
+		overlay[filepath.Join(dir, "vm", "planted", name, "doc.go")] = "package planted\n" // is in every build
+	}
+	r, err := check(t.Context(), foreign.Config{Dir: root, Patterns: []string{"./vm/planted/..."}, Overlay: overlay})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -112,14 +114,26 @@ func without(findings []string, prefix string) (rest []string) {
 	return rest
 }
 
+// planted is one mistake: a replacement in the lawful driver, and what must be found.
+type planted struct{ name, old, instead, want string }
+
+func (p planted) text(t *testing.T) string {
+	t.Helper()
+	text := strings.Replace(lawful, p.old, p.instead, 1)
+	if text == lawful {
+		t.Fatalf("%s: there is no %q to replace", p.name, p.old)
+	}
+	return text
+}
+
 // The test of the check: each mistake is planted alone into a driver that passes without
-// it, and must be found, at its place.
+// it, and must be found there.
 func TestPlantedMistakesAreFound(t *testing.T) {
 	t.Parallel()
-	if r := plant(t, lawful); len(r.findings) != 0 || r.drivers != 1 || r.own != 1 {
+	if r := plant(t, map[string]string{"lawful": lawful}); len(r.findings) != 0 || r.drivers != 1 || r.own != 1 {
 		t.Fatalf("the lawful driver: %+v", r)
 	}
-	for _, p := range []struct{ name, old, instead, want string }{
+	for _, together := range [][]planted{{ // what does not compile
 		{"wrong argument type", "boot(kernel string, cpu uint)", "boot(kernel string, cpu int)", "cannot use cpu (variable of type int) as uint value"},
 		{"misspelt constant", "VirtualMachineStateRunning", "VirtualMachineStateRuning", "undefined: vz.VirtualMachineStateRuning"},
 		{"misspelt function", "vz.WithCommandLine(", "vz.WithCommandline(", "undefined: vz.WithCommandline"},
@@ -128,12 +142,7 @@ func TestPlantedMistakesAreFound(t *testing.T) {
 		{"missing method", "m.vm.Start()", "m.vm.Begin()", "m.vm.Begin undefined"},
 		{"method of another signature", "\tStop() error", "\tStop(context.Context) error", "wrong type for method Stop"},
 		{"unused import", "\"context\"\n", "\"context\"\n\t\"os\"\n", `"os" imported and not used`},
-		{"no Go", "func boot(", "func (boot(", "expected"},
-
-		{"tag that excludes all", "darwin && arm64", "darwin && !arm64", "exclude it from darwin/arm64"},
-		{"tag that leaves nothing to check", "darwin && arm64", "darwin && amd64", "nothing of the driver was checked"},
-		{"driver without the framework", lawful, "package planted\n", "nothing of the driver was checked"},
-
+	}, { // what compiles
 		{"a lock that is copied", "func (m *machine) start", "func (m machine) start", "copylocks: start passes lock by value"},
 		{"a cancel that is lost", "ctx, cancel := context.WithTimeout(ctx, time.Minute)\n\tdefer cancel()", "ctx, _ = context.WithTimeout(ctx, time.Minute)", "lostcancel: "},
 		{"a format of another type", "boot loader for %s", "boot loader for %d", "printf: "},
@@ -142,23 +151,39 @@ func TestPlantedMistakesAreFound(t *testing.T) {
 		{"an atomic that is not", "atomic.AddInt64(&m.calls, 1)", "m.calls = atomic.AddInt64(&m.calls, 1)", "atomic: "},
 		{"an errors.As without a pointer", "errors.As(ctx.Err(), &failed)", "errors.As(ctx.Err(), failed)", "errorsas: "},
 		{"a function compared with nil", "m.vm == nil", "boot == nil", "nilfunc: "},
+	}} {
+		texts := map[string]string{"lawful": lawful}
+		for i, p := range together {
+			texts[fmt.Sprintf("p%02d", i)] = p.text(t)
+		}
+		r := plant(t, texts)
+		for i, p := range together {
+			at := fmt.Sprintf("/p%02d/planted.go:", i)
+			if !slices.ContainsFunc(r.findings, func(f string) bool { return strings.Contains(f, at) && strings.Contains(f, p.want) }) {
+				t.Errorf("%s: found %q, want one at %s with %q", p.name, r.findings, at, p.want)
+			}
+		}
+		if i := slices.IndexFunc(r.findings, func(f string) bool { return strings.Contains(f, "/lawful/") }); i >= 0 {
+			t.Errorf("in the lawful driver: %s", r.findings[i])
+		}
+	}
+}
+
+// Here the driver is not in what is checked, or is no Go.
+func TestPlantedAbsencesAreFound(t *testing.T) {
+	t.Parallel()
+	for _, p := range []planted{
+		{"tag that excludes all", "darwin && arm64", "darwin && !arm64", "exclude it from darwin/arm64"},
+		{"tag that leaves nothing to check", "darwin && arm64", "darwin && amd64", "nothing of the driver was checked"},
+		{"driver without the framework", lawful, "package planted\n", "nothing of the driver was checked"},
+		{"no Go", "func boot(", "func (boot(", "expected"},
 	} {
 		t.Run(p.name, func(t *testing.T) {
 			t.Parallel()
-			text := strings.Replace(lawful, p.old, p.instead, 1)
-			if text == lawful {
-				t.Fatalf("there is no %q to replace", p.old)
+			r := plant(t, map[string]string{"p": p.text(t)})
+			if !slices.ContainsFunc(r.findings, func(f string) bool { return strings.Contains(f, p.want) }) {
+				t.Errorf("found %q, want one with %q", r.findings, p.want)
 			}
-			r := plant(t, text)
-			for _, f := range r.findings {
-				if strings.Contains(f, p.want) {
-					if !strings.HasPrefix(f, "no file") && !strings.Contains(f, "planted.go") {
-						t.Errorf("%s: it does not say where", f)
-					}
-					return
-				}
-			}
-			t.Errorf("found %q, want one with %q", r.findings, p.want)
 		})
 	}
 }
