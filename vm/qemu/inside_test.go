@@ -3,7 +3,9 @@ package qemu
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -238,6 +240,42 @@ func TestMonitorGivenUp(t *testing.T) {
 	if err := q.query(t.Context(), "cont", nil, nil, &said); err != nil || said != "due" {
 		t.Errorf("the next command: %q, %v", said, err)
 	}
+}
+
+// Commands whose context ends at the very moment at which they are written once left a
+// deadline behind, and the monitor was dead for good.
+func TestMonitorAfterCancelledWrites(t *testing.T) {
+	ours, theirs, err := pair("a monitor")
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := newMonitor(ours, func(message) {})
+	defer q.close()
+	answering := make(chan struct{})
+	go func() { // a QEMU that says yes to everything
+		defer close(answering)
+		defer theirs.Close()
+		in := json.NewDecoder(theirs)
+		for {
+			var command struct{ ID uint64 }
+			if in.Decode(&command) != nil {
+				return
+			}
+			_, _ = fmt.Fprintf(theirs, "{\"return\": {}, \"id\": %d}\n", command.ID)
+		}
+	}()
+	for n := range 2000 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(n)*100*time.Nanosecond)
+		if err := q.run(ctx, "stop", nil); err != nil && !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatalf("after %d commands: %v", n, err)
+		}
+		cancel()
+	}
+	if err := q.run(t.Context(), "cont", nil); err != nil {
+		t.Errorf("the next command: %v", err)
+	}
+	_ = ours.Close()
+	<-answering
 }
 
 func FuzzState(f *testing.F) {

@@ -20,6 +20,7 @@ const greet = `ip link set lo up; ip link set eth0 up; ip addr add 10.0.2.15/24 
 while :; do echo greetings | nc -l -p 7; done`
 
 func TestNetwork(t *testing.T) {
+	t.Parallel()
 	s := good(t)
 	m := boot(t, newDriver(t, qemu.Config{}), s)
 	ports, addresses := m.(vm.PortDialer), m.(vm.Addresser)
@@ -79,6 +80,7 @@ func TestNetwork(t *testing.T) {
 }
 
 func TestNoNetwork(t *testing.T) {
+	t.Parallel()
 	m := boot(t, newDriver(t, qemu.Config{Network: "none"}), good(t))
 	if got := sh(t, dial(t, m), "ls /sys/class/net"); got != "lo" {
 		t.Errorf("network devices in a guest without a network: %q", got)
@@ -92,6 +94,7 @@ func TestNoNetwork(t *testing.T) {
 }
 
 func TestAMD64(t *testing.T) {
+	t.Parallel()
 	s := spec(t, "amd64", "")
 	s.Memory = 192 << 20
 	m := boot(t, newDriver(t, qemu.Config{}), s)
@@ -107,6 +110,7 @@ func TestAMD64(t *testing.T) {
 // A directory of the host is the guest's to read and write; a machine with one is not
 // saved, and says so.
 func TestShare(t *testing.T) {
+	t.Parallel()
 	s, shared := good(t), t.TempDir()
 	if err := os.WriteFile(filepath.Join(shared, "from-host"), []byte("hello, guest"), 0o600); err != nil {
 		t.Fatal(err)

@@ -46,6 +46,7 @@ func TestMain(m *testing.M) {
 // A process that is killed takes its machine with it, at once and without Reap; a
 // machine that the kernel forgot is found by Reap.
 func TestOwnerKilled(t *testing.T) {
+	t.Parallel()
 	s := good(t)
 	raw, err := json.Marshal(s)
 	if err != nil {
@@ -77,6 +78,7 @@ func TestOwnerKilled(t *testing.T) {
 }
 
 func TestReap(t *testing.T) {
+	t.Parallel()
 	d := newDriver(t, qemu.Config{})
 	s, other := good(t), good(t)
 	m, neighbour := boot(t, d, s), boot(t, d, other)
@@ -96,6 +98,7 @@ func TestReap(t *testing.T) {
 // A thread that ends does not take a machine with it: the runtime ends threads as it
 // likes, and the kernel's "killed with its parent" means the thread.
 func TestThreadsEnd(t *testing.T) {
+	t.Parallel()
 	m := boot(t, newDriver(t, qemu.Config{}), good(t))
 	for range 50 {
 		ended := make(chan struct{})

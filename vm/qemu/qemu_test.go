@@ -145,6 +145,7 @@ func TestConformance(t *testing.T) {
 
 // What is wrong with an image or an order is said at once, by name, and leaves nothing.
 func TestRefused(t *testing.T) {
+	t.Parallel()
 	config := func(edit func(*tart.Config)) func(*testing.T, *vm.Spec) {
 		return func(t *testing.T, s *vm.Spec) {
 			if err := image(t, "arm64").Clone(s.Dir, edit); err != nil {
@@ -217,6 +218,7 @@ func TestConfig(t *testing.T) {
 // An agent that never comes is a boot that ends with its context, and says what the
 // console said.
 func TestNoAgent(t *testing.T) {
+	t.Parallel()
 	s := spec(t, "arm64", "rdinit=/bin/echo -- nobody-home")
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
@@ -240,6 +242,7 @@ func TestNoAgent(t *testing.T) {
 // A guest that prints without end fills no disk, and what it printed first and last is
 // there.
 func TestConsoleFlood(t *testing.T) {
+	t.Parallel()
 	s := spec(t, "arm64", "rdinit=/bin/yes -- "+strings.Repeat("flood", 100))
 	s.Agent = false
 	m := boot(t, newDriver(t, qemu.Config{}), s)
@@ -273,5 +276,31 @@ func stop(t *testing.T, pid int) {
 	t.Helper()
 	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A root file system on the disk is the guest's, and what is written to it is there.
+func TestRoot(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	arm := image(t, "arm64")
+	if err := errors.Join(
+		os.CopyFS(root, os.DirFS(filepath.Join("testdata", "root"))),
+		os.MkdirAll(filepath.Join(root, "bin"), 0o755),
+		os.Link(filepath.Join(filepath.Dir(filepath.Dir(arm.Dir)), "arm64", "busybox"), filepath.Join(root, "bin", "sh")),
+	); err != nil {
+		t.Fatal(err)
+	}
+	i, err := qemutest.Build(t.Context(), qemutest.Guest{Root: root, RootSize: 8 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := vm.Spec{ID: "rooted00", Dir: t.TempDir(), CPU: 1, Memory: memory, Agent: true}
+	if err := i.Clone(s.Dir, nil); err != nil {
+		t.Fatal(err)
+	}
+	c := dial(t, boot(t, newDriver(t, qemu.Config{}), s))
+	if got := sh(t, c, "read said < /etc/mark; echo $said; echo written > /etc/new && read said < /etc/new; echo $said"); got != "from the disk\nwritten" {
+		t.Errorf("in the root file system: %q", got)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -69,38 +70,60 @@ func parseMessage(line []byte) (message, error) {
 // monitor is QEMU's control stream: commands one after the other, answers by number,
 // events in between. Its methods are safe for concurrent use.
 type monitor struct {
-	conn    *net.UnixConn
-	turn    chan struct{} // holds one token: whoever has it may run a command
-	answers chan message  // to the one whose turn it is
-	done    chan struct{} // closed when nothing more will come
-	err     error         // why; set before done is closed
-	next    uint64        // number of the next command; whoever has the turn
+	conn     *net.UnixConn
+	turn     chan struct{} // holds one token: whoever has it may run a command
+	greeting chan struct{} // closed when QEMU has greeted
+	done     chan struct{} // closed when nothing more will come
+	err      error         // why; set before done is closed
+
+	mu     sync.Mutex
+	next   uint64       // number of the last command
+	answer chan message // gets that one's answer; others are of commands that were given up
 }
 
 // newMonitor reads from conn until it ends; event is called for each event, by the
 // reading goroutine.
 func newMonitor(conn *net.UnixConn, event func(message)) *monitor {
-	q := &monitor{
-		conn: conn, turn: make(chan struct{}, 1),
-		// Room for an answer that nobody waits for any more, and the one that is due.
-		answers: make(chan message, 2),
-		done:    make(chan struct{}),
-	}
+	q := &monitor{conn: conn, turn: make(chan struct{}, 1), greeting: make(chan struct{}), done: make(chan struct{})}
 	q.turn <- struct{}{}
+	greeted := sync.OnceFunc(func() { close(q.greeting) })
 	go func() {
 		defer close(q.done)
 		q.err = readMessages(conn, func(m message) {
-			if m.Event != "" {
+			switch {
+			case m.Event != "":
 				event(m)
-				return
-			}
-			select {
-			case q.answers <- m:
-			default: // unasked: nobody misses it
+			case m.Greeting != nil:
+				greeted()
+			default:
+				q.answered(m)
 			}
 		})
 	}()
 	return q
+}
+
+// answered hands an answer to the command that waits for it; there is room for one, and
+// a second one means nothing.
+func (q *monitor) answered(m message) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if string(m.ID) != strconv.FormatUint(q.next, 10) {
+		return
+	}
+	select {
+	case q.answer <- m:
+	default:
+	}
+}
+
+// number begins a command.
+func (q *monitor) number() (uint64, <-chan message) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.next++
+	q.answer = make(chan message, 1)
+	return q.next, q.answer
 }
 
 // readMessages reads lines until r ends or says what cannot be understood.
@@ -123,10 +146,7 @@ func readMessages(r io.Reader, each func(message)) error {
 // hello waits for QEMU's greeting and leaves the mode in which it takes no commands.
 func (q *monitor) hello(ctx context.Context) error {
 	select {
-	case m := <-q.answers:
-		if m.Greeting == nil {
-			return fmt.Errorf("%w: no greeting", errMessage)
-		}
+	case <-q.greeting:
 	case <-q.done:
 		return q.err
 	case <-ctx.Done():
@@ -161,31 +181,26 @@ func (q *monitor) query(ctx context.Context, command string, arguments any, f *o
 		return fmt.Errorf("%s: %w", command, ctx.Err())
 	}
 	defer func() { q.turn <- struct{}{} }()
-	q.next++
-	id := strconv.FormatUint(q.next, 10)
-	if err := q.send(ctx, map[string]any{"execute": command, "arguments": arguments, "id": q.next}, f); err != nil {
+	id, answer := q.number()
+	if err := q.send(ctx, map[string]any{"execute": command, "arguments": arguments, "id": id}, f); err != nil {
 		return fmt.Errorf("%s: %w", command, err)
 	}
-	for {
-		select {
-		case m := <-q.answers:
-			switch {
-			case string(m.ID) != id:
-				continue // of a command that was given up
-			case m.Error != nil:
-				return fmt.Errorf("%s: QEMU says: %.500s", command, m.Error.Desc)
-			case result == nil:
-				return nil
-			}
-			if err := json.Unmarshal(m.Return, result); err != nil {
-				return fmt.Errorf("%s: %w: %w", command, errMessage, err)
-			}
-			return nil
-		case <-q.done:
-			return fmt.Errorf("%s: %w", command, q.err)
-		case <-ctx.Done():
-			return fmt.Errorf("%s: %w", command, ctx.Err())
+	select {
+	case m := <-answer:
+		if m.Error != nil {
+			return fmt.Errorf("%s: QEMU says: %.500s", command, m.Error.Desc)
 		}
+		if result == nil {
+			return nil
+		}
+		if err := json.Unmarshal(m.Return, result); err != nil {
+			return fmt.Errorf("%s: %w: %w", command, errMessage, err)
+		}
+		return nil
+	case <-q.done:
+		return fmt.Errorf("%s: %w", command, q.err)
+	case <-ctx.Done():
+		return fmt.Errorf("%s: %w", command, ctx.Err())
 	}
 }
 
@@ -204,9 +219,14 @@ func (q *monitor) send(ctx context.Context, command map[string]any, f *os.File) 
 	if f != nil {
 		rights = unix.UnixRights(int(f.Fd()))
 	}
-	stop := context.AfterFunc(ctx, func() { _ = q.conn.SetWriteDeadline(time.Unix(1, 0)) })
+	cut := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(cut)
+		_ = q.conn.SetWriteDeadline(time.Unix(1, 0))
+	})
 	defer func() {
 		if !stop() {
+			<-cut // or it would cut off the next command
 			_ = q.conn.SetWriteDeadline(time.Time{})
 		}
 	}()

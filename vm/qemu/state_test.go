@@ -49,6 +49,7 @@ func from(t testing.TB, s vm.Spec, state string) vm.Spec {
 // A machine that was saved runs on; what starts from the state goes on from that
 // instant, as often as wanted, with the same address; and neither knows of the other.
 func TestSaveAndRestore(t *testing.T) {
+	t.Parallel()
 	d := newDriver(t, qemu.Config{})
 	s, m, state := saved(t, d)
 	c := dial(t, m)
@@ -84,6 +85,7 @@ func TestSaveAndRestore(t *testing.T) {
 // A state that is not this machine's, or broken, is vm.ErrState; nothing is left, and the
 // slot is free for a cold boot.
 func TestStateRefused(t *testing.T) {
+	t.Parallel()
 	d := newDriver(t, qemu.Config{Slots: 2}) // the saved one's and another
 	s, _, state := saved(t, d)
 	edit := func(name string, change func([]byte) []byte) func(*testing.T, *vm.Spec) {
@@ -135,6 +137,7 @@ func TestStateRefused(t *testing.T) {
 
 // A save that fails leaves nothing in the directory, and a machine that runs.
 func TestSaveFails(t *testing.T) {
+	t.Parallel()
 	full := errors.New("no space left")
 	d := newDriver(t, qemu.Config{CloneFile: func(context.Context, string, string) error { return full }})
 	m := boot(t, d, spec(t, "arm64", ""))
@@ -163,6 +166,7 @@ func TestSaveFails(t *testing.T) {
 
 // A machine that stands still, as one does whose QEMU hangs, is destroyed all the same.
 func TestDestroyOfHanging(t *testing.T) {
+	t.Parallel()
 	s := good(t)
 	m := boot(t, newDriver(t, qemu.Config{}), s)
 	stopped := 0
