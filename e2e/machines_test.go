@@ -348,14 +348,29 @@ func (s *stable) succeeds(job fleet.JobID, says string) {
 // on a quiet host and in 20 s on one with other work, and may fail once.
 const jobTime = 4 * time.Minute
 
-// cleanHouse waits until no runner is left at GitHub and no VM, clone or QEMU here.
+// cleanHouse waits until no runner is left at GitHub, and nothing here.
 func (s *stable) cleanHouse() {
 	s.t.Helper()
-	s.await("a clean house", time.Minute, func() error {
-		left := len(s.github.Runners())
+	s.cleanHosts()
+	s.await("no runner at GitHub", time.Minute, func() error {
+		if left := s.github.Runners(); len(left) > 0 {
+			return fmt.Errorf("%+v", left)
+		}
+		return nil
+	})
+	if v := s.github.Violations(); len(v) != 0 {
+		s.t.Errorf("violations: %q", v)
+	}
+}
+
+// cleanHosts waits until no VM, clone, lease or process is left here.
+func (s *stable) cleanHosts() {
+	s.t.Helper()
+	s.await("clean hosts", time.Minute, func() error {
+		var left []string
 		for _, vm := range s.vms() {
 			if vm.State != "done" && vm.State != "lost" {
-				left++
+				left = append(left, fmt.Sprintf("%+v", vm))
 			}
 		}
 		for _, pattern := range []string{"clones/*", "vms/*", "images/leases/*/*"} {
@@ -363,17 +378,13 @@ func (s *stable) cleanHouse() {
 			if err != nil {
 				return err
 			}
-			left += len(found)
+			left = append(left, found...)
 		}
-		left += len(s.machines())
-		if left > 0 {
-			return fmt.Errorf("%d runners, VMs, files or processes are left: %+v; processes %v", left, s.vms(), s.machines())
+		if left = append(left, s.machines()...); len(left) > 0 {
+			return fmt.Errorf("left: %q", left)
 		}
 		return nil
 	})
-	if v := s.github.Violations(); len(v) != 0 {
-		s.t.Errorf("violations: %q", v)
-	}
 }
 
 // machines are the processes, other than the agents, that work in the stable's nodes:
