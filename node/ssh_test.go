@@ -136,6 +136,11 @@ func (s *sshd) check(t *testing.T) {
 	}
 	for late := time.Now().Add(time.Minute); len(s.guests()) > 0; time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(late) {
+			for _, pid := range s.guests() {
+				args, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+				stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+				t.Logf("%s: %.300q", stat, args)
+			}
 			t.Fatalf("left in the guest: %v", s.guests())
 		}
 	}
