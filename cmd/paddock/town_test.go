@@ -56,6 +56,7 @@ type town struct {
 	github   *githubtest.GitHub
 	registry *registrytest.Registry
 	redis    *storetest.Redis
+	env      []string // added to the environment of what is started from now on
 	control  *program
 	nodes    map[string]*program
 }
@@ -63,6 +64,8 @@ type town struct {
 // openTown starts a controller and the named nodes, which have joined.
 func openTown(t *testing.T, slots int, names ...string) *town {
 	t.Helper()
+	// Stories wait for real deadlines most of their time, and share nothing.
+	t.Parallel()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -175,6 +178,7 @@ func (tw *town) start(name string, args ...string) *program {
 	}
 	// Not ended by the test's context: the story says when, and Cleanup how.
 	p.cmd = exec.CommandContext(context.WithoutCancel(tw.t.Context()), tw.self, append(args, "--config", tw.config)...)
+	p.cmd.Env = append(os.Environ(), tw.env...)
 	p.cmd.Stdout, p.cmd.Stderr = log, log
 	if err := p.cmd.Start(); err != nil {
 		tw.t.Fatal(err)
@@ -216,6 +220,7 @@ func (tw *town) run(args ...string) string {
 	tw.t.Helper()
 	var out, errOut bytes.Buffer
 	cmd := exec.CommandContext(tw.t.Context(), tw.self, append(args, "--config", tw.config)...)
+	cmd.Env = append(os.Environ(), tw.env...)
 	cmd.Stdout, cmd.Stderr = &out, &errOut
 	if err := cmd.Run(); err != nil {
 		tw.t.Fatalf("paddock %s: %v: %s", strings.Join(args[:2], " "), err, errOut.String())

@@ -21,9 +21,7 @@ func TestUp(t *testing.T) {
 	tw.control.signal(syscall.SIGINT) // up takes its port
 	<-tw.control.exited
 	data := filepath.Join(tw.dir, "up")
-	t.Setenv("PADDOCK_DATA", data)
-	t.Setenv("PADDOCK_URL", "https://paddock.invalid:8443")
-	t.Setenv("PADDOCK_REDIS", "")
+	tw.env = []string{"PADDOCK_DATA=" + data, "PADDOCK_URL=https://paddock.invalid:8443", "PADDOCK_REDIS="}
 	up := func(name string) *program {
 		p := tw.start("up", "up", "--name", name)
 		tw.eventually(30*time.Second, func() error {
@@ -83,6 +81,8 @@ func (p *program) ended() bool {
 
 // try is run that may fail.
 func (tw *town) try(args ...string) (string, error) {
-	out, err := exec.CommandContext(tw.t.Context(), tw.self, append(args, "--config", tw.config)...).Output()
+	cmd := exec.CommandContext(tw.t.Context(), tw.self, append(args, "--config", tw.config)...)
+	cmd.Env = append(os.Environ(), tw.env...)
+	out, err := cmd.Output()
 	return string(out), err
 }
