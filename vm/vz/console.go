@@ -68,9 +68,10 @@ func (c *console) drain(file *os.File) {
 }
 
 // close ends the console of a machine that has ended. The framework's own process may
-// hold its end for a moment longer: what it still writes is waited for, but not long.
+// hold its end for a moment longer: what it still writes is waited for, but not long,
+// since what was written is here already.
 func (c *console) close() {
-	const patience = time.Second
+	const patience = 200 * time.Millisecond
 	_ = c.fromGuest.Close()
 	select {
 	case <-c.drained:

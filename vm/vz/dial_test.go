@@ -98,7 +98,7 @@ func TestConnectTypedNil(t *testing.T) {
 func TestConnectRefused(t *testing.T) {
 	var tries atomic.Int64
 	(&house{Hooks: framework.Hooks{Connect: func(uint32) (bool, *framework.VirtioSocketConnection, error) {
-		return tries.Add(1) <= 3, nil, errors.New("connection reset by peer")
+		return tries.Add(1) <= 12, nil, errors.New("connection reset by peer") // more than may be outstanding
 	}}}).enter(t)
 	hello(t, boot(t, driver(t, vz.Config{}), mac(t, diskGood)))
 }

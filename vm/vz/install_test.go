@@ -34,6 +34,7 @@ func TestInstall(t *testing.T) {
 		t.Run(what, func(t *testing.T) {
 			(&house{Hooks: framework.Hooks{Install: func(g *framework.Guest, progress func(float64), _ <-chan struct{}) error {
 				progress(0.5)
+				framework.Release()
 				return os.WriteFile(g.Disk(), []byte(diskGood), 0o600)
 			}}}).enter(t)
 			dir := filepath.Join(t.TempDir(), "image")
@@ -47,7 +48,6 @@ func TestInstall(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			framework.Release()
 			checkImage(t, dir)
 			if !slices.IsSorted(told) || told[0] != 0 || told[len(told)-1] != 1 {
 				t.Errorf("progress %v, want 0 to 1", told)
@@ -145,17 +145,26 @@ func TestInstallFails(t *testing.T) {
 // A person who interrupts it finds nothing left, whether it fetched or installed; the
 // installer is let finish its cancelling, for stopping its machine earlier is forbidden.
 func TestInstallIsInterrupted(t *testing.T) {
-	begun := make(chan struct{}, 1)
+	begun, release := make(chan struct{}, 1), make(chan struct{})
+	const endless = "a download that does not end"
 	for what, hooks := range map[string]framework.Hooks{
 		"fetching": {Fetch: func(ctx context.Context) (string, error) {
 			begun <- struct{}{}
 			<-ctx.Done()
 			return "", ctx.Err()
 		}},
-		"installing": {Install: func(_ *framework.Guest, _ func(float64), cancelled <-chan struct{}) error {
+		endless: {Fetch: func(context.Context) (string, error) {
+			begun <- struct{}{}
+			<-release
+			return "", errors.New("too late")
+		}},
+		"installing": {Install: func(g *framework.Guest, _ func(float64), cancelled <-chan struct{}) error {
 			begun <- struct{}{}
 			<-cancelled
 			time.Sleep(50 * time.Millisecond) // it lets go when it likes
+			if _, err := os.Stat(g.Disk()); err != nil {
+				t.Errorf("the disk went away under the installer: %v", err)
+			}
 			return errors.New("cancelled")
 		}},
 	} {
@@ -171,6 +180,9 @@ func TestInstallIsInterrupted(t *testing.T) {
 				t.Errorf("%v", err)
 			}
 			nothingIn(t, dir)
+			if what == endless {
+				close(release)
+			}
 		})
 	}
 }

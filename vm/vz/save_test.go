@@ -25,6 +25,7 @@ func saved(t *testing.T, h *house, d *vz.Driver, spec vm.Spec) (state string, wa
 	t.Helper()
 	m := boot(t, d, spec)
 	state = t.TempDir()
+	framework.Release() // long before somebody saves
 	if err := m.(vm.Saver).Save(bounded(t), state); err != nil {
 		t.Fatalf("saving: %v", err)
 	}
@@ -32,7 +33,6 @@ func saved(t *testing.T, h *house, d *vz.Driver, spec vm.Spec) (state string, wa
 	if err := m.Destroy(bounded(t)); err != nil {
 		t.Fatal(err)
 	}
-	framework.Release()
 	return state, was
 }
 
@@ -188,6 +188,40 @@ func TestSaveIsCancelled(t *testing.T) {
 	}
 	nothingIn(t, dir)
 	hello(t, m)
+}
+
+// A machine that is destroyed while it is saved waits for the framework to let go, and
+// does not run on.
+func TestDestroyWhileSaving(t *testing.T) {
+	release, saving := make(chan struct{}), make(chan struct{})
+	(&house{Hooks: framework.Hooks{Save: func() error {
+		close(saving)
+		<-release
+		return nil
+	}}}).enter(t)
+	m := boot(t, driver(t, vz.Config{}), mac(t, diskGood))
+	dir := t.TempDir()
+	failed := make(chan error, 1)
+	go func() { failed <- m.(vm.Saver).Save(bounded(t), dir) }()
+	<-saving
+	destroyed := make(chan error, 1)
+	go func() { destroyed <- m.Destroy(bounded(t)) }()
+	select {
+	case err := <-destroyed:
+		t.Errorf("destroyed in the middle of saving: %v", err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	close(release)
+	if err := <-destroyed; err != nil {
+		t.Error(err)
+	}
+	if err := <-failed; !errors.Is(err, vm.ErrEnded) {
+		t.Errorf("saving: %v, want ErrEnded", err)
+	}
+	nothingIn(t, dir)
+	if exit, err := m.Wait(bounded(t)); err != nil || exit.Reason != "destroyed" {
+		t.Errorf("%+v, %v", exit, err)
+	}
 }
 
 // A state that is not of this machine, this host or whole is refused, in words, and the

@@ -19,8 +19,12 @@
 // is not what runs inside the guest (runner/guest).
 //
 // The files that need the framework are built for darwin/arm64 with cgo, and with the tag
-// vzstandin against the small module in standin, which tests use. Elsewhere New returns
-// ErrPlatform. Called by cmd, inside the vm-helper process and for making images.
+// vzstandin against the small module in standin, which tests use:
+//
+//	GOWORK=$PWD/vm/vz/standin.work go test -race -tags vzstandin ./vm/vz
+//
+// Elsewhere New returns ErrPlatform. Called by cmd, inside the vm-helper process and for
+// making images.
 package vz
 
 import (

@@ -6,6 +6,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"time"
 )
 
 // VirtualMachineState is what a machine does.
@@ -98,6 +99,9 @@ type VirtualMachineStartOption func(*virtualMachineStartOptions) error
 
 // Start starts a machine that is stopped.
 func (v *VirtualMachine) Start(opts ...VirtualMachineStartOption) error {
+	if err := call(hooks().Queue); err != nil {
+		return err
+	}
 	return v.start(hooks().Start)
 }
 
@@ -111,7 +115,7 @@ func (v *VirtualMachine) start(hook func(*Guest) error) error {
 		err = hook(v.guest)
 	}
 	if err != nil {
-		_ = v.move(VirtualMachineStateStopped, VirtualMachineStateStarting) // or it is stopped already
+		v.fail(VirtualMachineStateStarting)
 		return err
 	}
 	if err := v.move(VirtualMachineStateRunning, VirtualMachineStateStarting); err != nil {
@@ -119,6 +123,14 @@ func (v *VirtualMachine) start(hook func(*Guest) error) error {
 	}
 	v.guest.run()
 	return nil
+}
+
+// fail is the end of a start: the state is told first, and the answer that explains it a
+// moment later, for they come by two ways.
+func (v *VirtualMachine) fail(from VirtualMachineState) {
+	const moment = 20 * time.Millisecond
+	_ = v.move(VirtualMachineStateStopped, from) // or it is stopped already
+	time.Sleep(moment)
 }
 
 // enter takes one of the host's slots.
@@ -258,7 +270,7 @@ func (v *VirtualMachine) RestoreMachineStateFromURL(saveFilePath string) error {
 		err = v.matches(saveFilePath)
 	}
 	if err != nil {
-		_ = v.move(VirtualMachineStateStopped, VirtualMachineStateRestoring) // or it is stopped already
+		v.fail(VirtualMachineStateRestoring)
 		return err
 	}
 	v.guest.restored = true

@@ -38,6 +38,9 @@ type Hooks struct {
 	// not the machine's.
 	Guest func(*Guest)
 
+	// Queue is how long Start takes before it does anything.
+	Queue func() error
+
 	// These are called by the verbs of their names, which take as long.
 	Start                              func(*Guest) error
 	Stop, Pause, Resume, Save, Restore func() error
