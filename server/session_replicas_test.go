@@ -133,27 +133,15 @@ func TestSessionsOfADeadReplica(t *testing.T) {
 	}
 }
 
-// BenchmarkSession opens a session from call to stream, with the node's sync parked, and
-// carries megabytes through it.
-func BenchmarkSession(b *testing.B) {
-	h := newHouse(b)
-	m := h.warmUp()
-	h.server.times.look = time.Hour
-	b.Run("open", func(b *testing.B) {
-		for b.Loop() {
-			near, far := m.meets(port22)
-			_, _ = near.Close(), far.Close()
-		}
-	})
-	b.Run("bytes", func(b *testing.B) {
-		near, far := m.meets(port22)
-		piece := make([]byte, 1<<20)
-		b.SetBytes(int64(len(piece)))
-		go func() { _, _ = io.Copy(io.Discard, far) }()
-		for b.Loop() {
-			if _, err := near.Write(piece); err != nil {
-				b.Fatal(err)
-			}
-		}
-	})
+// revokeAnn revokes the token by which she opens sessions, and lets copies of the ledger grow old.
+func (h *house) revokeAnn() {
+	h.t.Helper()
+	if err := h.server.amend(h.t.Context(), h.clock(), func(l *store.Ledger) error {
+		id, err := h.server.verifier.Verify(h.annsToken, h.clock(), nil)
+		l.Revoked = map[string]time.Time{id.ID: id.ExpiresAt}
+		return err
+	}); err != nil {
+		h.t.Fatal(err)
+	}
+	h.advance(2 * ledgerAge)
 }

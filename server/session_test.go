@@ -491,33 +491,3 @@ func TestSessionsEnd(t *testing.T) {
 		})
 	}
 }
-
-// revokeAnn revokes the token by which she opens sessions, and lets copies of the ledger grow old.
-func (h *house) revokeAnn() {
-	h.t.Helper()
-	if err := h.server.amend(h.t.Context(), h.clock(), func(l *store.Ledger) error {
-		id, err := h.server.verifier.Verify(h.annsToken, h.clock(), nil)
-		l.Revoked = map[string]time.Time{id.ID: id.ExpiresAt}
-		return err
-	}); err != nil {
-		h.t.Fatal(err)
-	}
-	h.advance(2 * ledgerAge)
-}
-
-// FuzzTame: a node's words become one short line that a terminal only shows.
-func FuzzTame(f *testing.F) {
-	f.Add("plain")
-	f.Add("\x1b]0;title\x07\u009b2J\xc2")
-	f.Fuzz(func(t *testing.T, text string) {
-		got := tame(text)
-		if len(got) > maxWhy*3 { // one bad byte becomes one "?", a control a space
-			t.Errorf("%d bytes", len(got))
-		}
-		for _, r := range got {
-			if r < ' ' || r >= 0x7f && r < 0xa0 {
-				t.Fatalf("%q", got)
-			}
-		}
-	})
-}
