@@ -49,6 +49,7 @@ type pool struct {
 // openStable starts a controller and two nodes with one slot each.
 func openStable(t *testing.T, p pool) *stable {
 	t.Helper()
+	t.Parallel() // they share nothing, and wait for jobs most of their time
 	dir, err := os.MkdirTemp("", "e2e") // short: unix sockets
 	if err != nil {
 		t.Fatal(err)
