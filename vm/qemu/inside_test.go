@@ -13,6 +13,7 @@ import (
 	"testing/iotest"
 	"time"
 
+	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/vm"
 )
 
@@ -233,9 +234,16 @@ func TestMonitorGivenUp(t *testing.T) {
 	if err := q.run(short, "stop", nil); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("a command without an answer: %v", err)
 	}
-	if _, err := theirs.WriteString(`{"return": "late", "id": 1}` + "\n" + `{"return": "due", "id": 2}` + "\n"); err != nil {
-		t.Fatal(err)
-	}
+	go func() { // answers the first command when it has got the second
+		in := json.NewDecoder(theirs)
+		for range 2 {
+			var command struct{ ID uint64 }
+			if in.Decode(&command) != nil {
+				return
+			}
+		}
+		_, _ = theirs.WriteString(`{"return": "late", "id": 1}` + "\n" + `{"return": "due", "id": 2}` + "\n")
+	}()
 	var said string
 	if err := q.query(t.Context(), "cont", nil, nil, &said); err != nil || said != "due" {
 		t.Errorf("the next command: %q, %v", said, err)
@@ -276,6 +284,31 @@ func TestMonitorAfterCancelledWrites(t *testing.T) {
 	}
 	_ = ours.Close()
 	<-answering
+}
+
+// Whatever a state is bound to is compared, and named when it differs.
+func TestStateDiffers(t *testing.T) {
+	saved := state{QEMU: "7.2", Machine: "virt-7.2", Arch: "arm64", Accel: "tcg", Network: "user", CPU: 1, Memory: 1 << 27, MAC: "02:00:00:00:00:01"}
+	for want, change := range map[string]func(*state){
+		"the QEMU":        func(s *state) { s.QEMU = "8.0" },
+		"machine type":    func(s *state) { s.Machine = "virt-8.0" },
+		"architecture":    func(s *state) { s.Arch = "amd64" },
+		"accelerator":     func(s *state) { s.Accel = "kvm" },
+		"network":         func(s *state) { s.Network = "none" },
+		"number of CPUs":  func(s *state) { s.CPU = 2 },
+		"memory in bytes": func(s *state) { s.Memory = 1 << 28 },
+		"MAC address":     func(s *state) { s.MAC = "02:00:00:00:00:02" },
+		"other mounts":    func(s *state) { s.Mounts = []fleet.Mount{{Name: "work", Path: "/work"}} },
+	} {
+		have := saved
+		change(&have)
+		if got := saved.differs(have); !strings.Contains(got, want) {
+			t.Errorf("a difference in %s: %q", want, got)
+		}
+	}
+	if got := saved.differs(saved); got != "" {
+		t.Errorf("the same: %q", got)
+	}
 }
 
 func FuzzState(f *testing.F) {

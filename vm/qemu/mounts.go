@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"runtime"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -58,9 +59,15 @@ type share struct {
 	conn  *os.File // QEMU's end of their stream
 }
 
-// end kills what may still run: by itself it ends with QEMU.
+// end waits a moment for virtiofsd, which ends with QEMU and then has no child of its own
+// any more, and kills it if it does not.
 func (s *share) end() {
 	_ = s.conn.Close()
+	select {
+	case <-s.owner.exited:
+		return
+	case <-time.After(quitLimit):
+	}
 	_ = s.owner.cmd.Process.Kill()
 	<-s.owner.exited
 }
