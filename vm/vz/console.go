@@ -81,6 +81,7 @@ func (c *console) close() {
 	<-c.drained
 }
 
+// closeFiles closes what is open of the four, also a second time.
 func (c *console) closeFiles() {
 	for _, f := range []*os.File{c.toGuest, c.silent, c.fromGuest, c.printed} {
 		_ = f.Close() // of a nil file: an error and no more
@@ -93,6 +94,7 @@ type bounded struct {
 	size int64
 }
 
+// write appends; an error loses output, as a full disk would, and nothing else.
 func (b *bounded) write(p []byte) {
 	if b.size+int64(len(p)) > maxConsole {
 		if err := b.halve(); err != nil {

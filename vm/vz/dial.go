@@ -37,7 +37,7 @@ func (m *machine) Dial(ctx context.Context) (net.Conn, error) {
 	alive, cancel := m.whileAlive(ctx)
 	defer cancel()
 	conn, err := m.line.Dial(alive)
-	if m.gone() {
+	if m.gone() { // whatever became of it: the end is the better reason
 		if err == nil {
 			_ = conn.Close()
 		}
@@ -88,6 +88,7 @@ func (m *machine) connect(ctx context.Context, patience time.Duration) (net.Conn
 		conn net.Conn
 		err  error
 	}
+	// Without room: an answer is either taken or known not to be, and then closed.
 	answers := make(chan answer)
 	given := make(chan struct{})
 	defer close(given)
@@ -162,7 +163,7 @@ func (m *machine) DialPort(ctx context.Context, port int) (net.Conn, error) {
 	alive, cancel := m.whileAlive(ctx)
 	defer cancel()
 	last := errors.New("it has no address yet")
-	for {
+	for { // the lease comes seconds after the boot, and the listener after the lease
 		if m.gone() {
 			return nil, vm.ErrEnded
 		}

@@ -56,7 +56,7 @@ func (d *Driver) Boot(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 	}
 	m, err := d.build(spec)
 	if errors.Is(err, vm.ErrState) {
-		return nil, err
+		return nil, err // the image is not to blame
 	}
 	if err != nil {
 		return nil, &vm.BootError{Err: err}
@@ -93,6 +93,8 @@ func (d *Driver) build(spec vm.Spec) (_ *machine, err error) {
 			h.console.close()
 		}
 	}()
+	// From here on it is the framework that judges, and a wrong identity or a device
+	// that is new since shows itself as a configuration that is refused.
 	h.guest(spec.Dir, c)
 	if err := h.assemble(); err != nil {
 		return nil, h.stateless(spec, err)
@@ -178,6 +180,7 @@ func (m *machine) answer(ctx context.Context) error {
 
 // abandon ends a machine that did not come up, and says why it did not.
 func (m *machine) abandon(ctx context.Context, spec vm.Spec, why error) error {
+	// The machine that nobody waits for must not come up later and take a slot.
 	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTime)
 	defer cancel()
 	left := m.Destroy(ending)

@@ -146,6 +146,7 @@ func (i *installation) prepare(ctx context.Context) (*tart.Config, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading the restore image: %w", err)
 	}
+	// Where nothing is supported these are objects of nothing, which answer with zeros.
 	needs := restore.MostFeaturefulSupportedConfiguration()
 	model := needs.HardwareModel()
 	if !model.Supported() {
@@ -216,6 +217,7 @@ func (i *installation) install(ctx context.Context) error {
 		return err
 	}
 	defer runtime.KeepAlive(i.hardware.held)
+	// Install itself minds ctx; it runs beside the one who tells its progress.
 	result := make(chan error, 1)
 	go func() { result <- installer.Install(ctx) }()
 	from := 0.0
@@ -268,6 +270,7 @@ func (i *installation) complete(c *tart.Config) error {
 			return fmt.Errorf("removing the restore image: %w", err)
 		}
 	}
+	// Last: a directory without a config is no image, whatever interrupted us.
 	raw, err := json.MarshalIndent(c, "", "  ")
 	if err != nil {
 		return fmt.Errorf("writing the image's config: %w", err)

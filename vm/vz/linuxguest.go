@@ -22,6 +22,8 @@ const LinuxShareTag = "paddock"
 // linuxGuest makes a Linux guest's boot loader: its kernel where the image names one,
 // else the firmware, which looks for a loader on the disk.
 func (h *hardware) linuxGuest(dir string, c *tart.Config) {
+	// A Linux guest waits for entropy when it boots, which matters more than saving it:
+	// with this device the framework does not.
 	h.entropy, h.shareTag = true, LinuxShareTag
 	if c.Boot != nil {
 		h.kernel(dir, c.Boot)

@@ -27,6 +27,8 @@ func (h *hardware) macGuest(dir string, c *tart.Config) {
 		return vz.NewMacAuxiliaryStorage(path)
 	})
 	h.macPlatform(model, machine, storage)
+	// No entropy device and no sound: macOS needs neither, and machines with them cannot
+	// be saved.
 	h.display = c.Display
 	h.shareTag = take(h, "the mounts", vz.MacOSGuestAutomountTag)
 }

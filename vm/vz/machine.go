@@ -35,6 +35,8 @@ type machine struct {
 	device   func() *vz.VirtioSocketDevice
 	connects chan struct{} // one for each outstanding connect
 
+	// Verbs are one after the other: the framework refuses a second, and what a verb that
+	// nobody waits for any more makes of the machine must be known before the next.
 	verb chan struct{} // held by the one outstanding verb
 	save chan struct{} // held by the one who saves
 
@@ -55,6 +57,7 @@ var (
 	_ vm.PortDialer = (*machine)(nil)
 )
 
+// newMachine makes a machine of what was configured; nothing runs yet.
 func newMachine(d *Driver, spec vm.Spec, h *hardware, framework *vz.VirtualMachine, s *state, unsaveable error) (*machine, error) {
 	m := &machine{
 		framework: framework, hardware: h, dir: spec.Dir, leases: d.config.Leases,
@@ -67,6 +70,8 @@ func newMachine(d *Driver, spec vm.Spec, h *hardware, framework *vz.VirtualMachi
 		done:     make(chan struct{}),
 	}
 	m.line = guest.NewLine(m.open)
+	// Once: each asking makes another foreign object. It belongs to the machine and dies
+	// with it, so it is used only while the machine is held.
 	m.device = sync.OnceValue(func() *vz.VirtioSocketDevice {
 		devices := m.framework.SocketDevices()
 		if len(devices) == 0 {
@@ -91,7 +96,7 @@ func (m *machine) call(ctx context.Context, verb func() error) error {
 		<-m.verb
 		return vm.ErrEnded
 	}
-	answer := make(chan error, 1)
+	answer := make(chan error, 1) // has room: nobody may be left to take it
 	go func() {
 		err := verb()
 		m.mu.Lock()
@@ -205,7 +210,7 @@ func (m *machine) finish(s vz.VirtualMachineState) {
 	m.mu.Unlock()
 	_ = m.line.Close() // it only closes streams that are dead
 	m.hardware.console.close()
-	runtime.KeepAlive(m.hardware.held)
+	runtime.KeepAlive(m.hardware.held) // until now the framework may have used any part
 	close(m.done)
 }
 
@@ -223,7 +228,7 @@ func (m *machine) Wait(ctx context.Context) (vm.Exit, error) {
 func (m *machine) Destroy(ctx context.Context) error {
 	m.mu.Lock()
 	select {
-	case <-m.ending:
+	case <-m.ending: // somebody was faster
 	default:
 		m.wanted = true
 		close(m.ending)

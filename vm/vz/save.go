@@ -38,6 +38,7 @@ type state struct {
 	User    int           `json:"user"`  // the key is in this user's keychain
 }
 
+// stateOf is what a state of such a machine would be bound to, on this host today.
 func stateOf(h *hardware, c *tart.Config) *state {
 	return &state{Version: 1, CPU: h.cpu, Memory: h.memory, Mounts: h.mounts, OS: c.OS, Build: hostBuild(), User: os.Getuid()}
 }
@@ -76,6 +77,7 @@ type identity struct {
 	Machine []byte `json:"machine,omitempty"` // macOS guests' machine identifier
 }
 
+// readIdentity reads the identity that a state brought along into the clone.
 func readIdentity(dir, os string) (identity, error) {
 	var id identity
 	if err := readJSON(filepath.Join(dir, vm.IdentityFile), &id); err != nil {
@@ -125,6 +127,7 @@ func (m *machine) Save(ctx context.Context, dir string) (err error) {
 	}()
 	// The guest sees its streams end while it still runs, and waits for new ones.
 	_ = m.line.Close()
+	// Before the first error: a pause that was not waited for may happen nevertheless.
 	defer func() { err = errors.Join(err, m.resume(ctx)) }()
 	if err := m.call(ctx, m.framework.Pause); err != nil {
 		return fmt.Errorf("pausing the machine: %w", err)
@@ -132,6 +135,7 @@ func (m *machine) Save(ctx context.Context, dir string) (err error) {
 	if err := m.call(ctx, func() error { return m.framework.SaveMachineStateToPath(filepath.Join(dir, memoryFile)) }); err != nil {
 		return fmt.Errorf("saving the machine: %w", err)
 	}
+	// Still paused: the disk is the one that the memory knows.
 	return m.savedFiles(ctx, dir)
 }
 
@@ -182,6 +186,7 @@ func empty(dir string) error {
 // maxJSON bounds the two small files of a state, in bytes; mounts are the longest part.
 const maxJSON = 1 << 20
 
+// readJSON reads a small file into v.
 func readJSON(path string, v any) error {
 	f, err := os.Open(path)
 	if err != nil {
@@ -198,6 +203,8 @@ func readJSON(path string, v any) error {
 	return nil
 }
 
+// writeJSON writes what only this user may read: an identity is half of what it takes to
+// be the machine.
 func writeJSON(path string, v any) error {
 	raw, err := json.Marshal(v)
 	if err != nil {
