@@ -230,7 +230,7 @@ func TestNoAgent(t *testing.T) {
 	nothingLeft(t, s)
 
 	s = hanging(t)
-	ctx, cancel = context.WithTimeout(t.Context(), 100*time.Millisecond)
+	ctx, cancel = context.WithTimeout(t.Context(), 3*time.Second) // enough to be waiting for the agent
 	defer cancel()
 	_, err = newDriver(t, qemu.Config{}).Boot(ctx, s)
 	if !errors.As(err, &failure) || !errors.Is(err, context.DeadlineExceeded) {
