@@ -36,6 +36,7 @@ type stable struct {
 	program  string
 	config   string // path of paddock.yaml
 	github   *githubtest.GitHub
+	api      string // its URL, as this host reaches it
 	registry *registrytest.Registry
 	nodes    map[string]*process
 }
@@ -46,8 +47,24 @@ type pool struct {
 	yaml  string // further keys of the pool, one to a line
 }
 
-// openStable starts a controller and two nodes with one slot each.
+// openStable starts a controller with one pool and two nodes with one slot each.
 func openStable(t *testing.T, p pool) *stable {
+	t.Helper()
+	s := newStable(t)
+	s.open(1, fmt.Sprintf(`
+  - name: linux
+    scopes: [acme]
+    labels: [self-hosted, linux]
+    image: %s
+    cpu: 1
+    growth: 1MiB
+%s
+`, s.push("acme/linux", p.guest), p.yaml), "mac-1", "mac-2")
+	return s
+}
+
+// newStable has all but Paddock itself.
+func newStable(t *testing.T) *stable {
 	t.Helper()
 	t.Parallel() // they share nothing, and wait for jobs most of their time
 	dir, err := os.MkdirTemp("", "e2e") // short: unix sockets
@@ -56,8 +73,14 @@ func openStable(t *testing.T, p pool) *stable {
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	s := &stable{t: t, dir: dir, program: build(t, "..", "./cmd/paddock"), registry: registrytest.New(), nodes: map[string]*process{}}
-	api := s.openGitHub()
-	image := s.push(p.guest)
+	s.openGitHub()
+	return s
+}
+
+// open starts a controller with the pools, a list in YAML, and nodes with some slots each.
+func (s *stable) open(slots int, pools string, nodes ...string) {
+	t := s.t
+	t.Helper()
 	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -65,41 +88,39 @@ func openStable(t *testing.T, p pool) *stable {
 	address := l.Addr().String()
 	_ = l.Close()
 	s.github.SetWebhook("https://" + address + "/webhook")
-	s.config = filepath.Join(dir, "paddock.yaml")
-	config := fmt.Sprintf(`
+	s.write("app.pem", string(s.github.PrivateKey()))
+	s.write("hook", "hush")
+	s.config = s.write("paddock.yaml", fmt.Sprintf(`
 fleet: e2e
 listen: %[1]s
 url: https://%[1]s
 data: %[2]s/data
 github: {app_id: %[3]d, private_key_file: %[2]s/app.pem, webhook_secret_files: [%[2]s/hook], api: %[4]s/, sweep_every: 2s}
-node: {driver: qemu, slots: 1}
-pools:
-  - name: linux
-    scopes: [acme]
-    labels: [self-hosted, linux]
-    image: %[5]s
-    cpu: 1
-    growth: 1MiB
-%[6]s
-`, address, dir, s.github.AppID(), api, image, p.yaml)
-	for name, content := range map[string]string{"app.pem": string(s.github.PrivateKey()), "hook": "hush", "paddock.yaml": config} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
+node: {driver: qemu, slots: %[5]d}
+pools:%[6]s
+`, address, s.dir, s.github.AppID(), s.api, slots, pools))
 	s.start("controller")
 	s.await("the controller", 30*time.Second, func() error { _, err := s.try("nodes", "list"); return err })
-	for _, name := range []string{"mac-1", "mac-2"} {
+	for _, name := range nodes {
 		token := s.run("token", "create", "--node", name)
-		s.run("node", "join", strings.TrimSpace(token), "--name", name, "--dir", filepath.Join(dir, name))
+		s.run("node", "join", strings.TrimSpace(token), "--name", name, "--dir", filepath.Join(s.dir, name))
 		s.startNode(name)
 	}
-	return s
+}
+
+// write writes a file that only its owner reads, and returns its path.
+func (s *stable) write(name, content string) (path string) {
+	s.t.Helper()
+	path = filepath.Join(s.dir, name)
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		s.t.Fatal(err)
+	}
+	return path
 }
 
 // openGitHub starts the simulated GitHub, which guests reach as QEMU shows it to them, and
-// the server with the runner; it returns the API's URL as this host reaches it.
-func (s *stable) openGitHub() (api string) {
+// the server with the runner.
+func (s *stable) openGitHub() {
 	t := s.t
 	t.Helper()
 	transport := http.DefaultTransport.(*http.Transport).Clone()
@@ -122,8 +143,7 @@ func (s *stable) openGitHub() (api string) {
 	done := make(chan struct{})
 	go func() { defer close(done); _ = gh.Run(ctx) }()
 	t.Cleanup(func() { stop(); <-done; server.Close() })
-	s.github = gh
-	return server.URL
+	s.github, s.api = gh, server.URL
 }
 
 // runScript is what GitHub's run.sh is to its runner: it finds the JIT config's files in
@@ -191,7 +211,7 @@ func pack(path string, paths, contents map[string]string) (err error) {
 }
 
 // push builds the guest and pushes it; it returns the image's reference.
-func (s *stable) push(g qemutest.Guest) string {
+func (s *stable) push(repository string, g qemutest.Guest) string {
 	t := s.t
 	t.Helper()
 	image, err := qemutest.Build(t.Context(), g)
@@ -203,12 +223,12 @@ func (s *stable) push(g qemutest.Guest) string {
 		t.Fatal(err)
 	}
 	defer func() { _ = disk.Close() }()
-	if _, err := s.registry.Push(t.Context(), "acme/linux", "1", source); err != nil {
+	if _, err := s.registry.Push(t.Context(), repository, "1", source); err != nil {
 		t.Fatal(err)
 	}
 	server := httptest.NewServer(s.registry)
 	t.Cleanup(server.Close)
-	return strings.TrimPrefix(server.URL, "http://") + "/acme/linux:1"
+	return strings.TrimPrefix(server.URL, "http://") + "/" + repository + ":1"
 }
 
 // process is the program in one of its roles.
@@ -305,7 +325,7 @@ func (s *stable) await(what string, limit time.Duration, check func() error) {
 
 // vmRow is what the tests read of "paddock vm list -o json".
 type vmRow struct {
-	ID, Node, State, Tier, Address, Reason string
+	ID, Node, Pool, State, Tier, Address, Reason string
 }
 
 func (s *stable) vms() []vmRow {
@@ -320,9 +340,15 @@ func (s *stable) vms() []vmRow {
 // queue queues jobs with one step each.
 func (s *stable) queue(steps ...string) []fleet.JobID {
 	s.t.Helper()
+	return s.queueFor("linux", steps...)
+}
+
+// queueFor queues jobs for the pool that has a label.
+func (s *stable) queueFor(label string, steps ...string) []fleet.JobID {
+	s.t.Helper()
 	run := githubtest.Run{Repository: "acme/app"}
 	for i, step := range steps {
-		run.Jobs = append(run.Jobs, githubtest.JobSpec{Name: fmt.Sprintf("job-%d", i), Labels: []string{"self-hosted", "linux"}, Steps: []string{step}})
+		run.Jobs = append(run.Jobs, githubtest.JobSpec{Name: fmt.Sprintf("job-%d", i), Labels: []string{"self-hosted", label}, Steps: []string{step}})
 	}
 	_, jobs, err := s.github.QueueRun(run)
 	if err != nil {

@@ -33,7 +33,8 @@ import (
 type Guest struct {
 	Arch string // arm64 or amd64; "": arm64, which is the faster one to emulate
 	// Files are more files for the initial RAM disk, by path without a leading slash
-	// ("bin/tool"): they cost the guest memory. Nil: none.
+	// ("bin/tool"): they cost the guest memory. A file "init" takes the agent's place, as
+	// in images that are not Paddock's. Nil: none.
 	Files map[string]File
 	// Root is a directory of this host that becomes an ext4 file system at the start of
 	// the disk, which the agent makes the guest's root; needs mkfs.ext4. "": the guest
@@ -75,12 +76,12 @@ func Build(ctx context.Context, g Guest) (*Image, error) {
 	if g.Arch == "" {
 		g.Arch = "arm64"
 	}
+	if _, err := Parts(ctx, g.Arch); err != nil {
+		return nil, err
+	}
 	root, err := Tree()
 	if err != nil {
 		return nil, err
-	}
-	if err := run(ctx, root, nil, filepath.Join(root, ".ci", "guest"), g.Arch); err != nil {
-		return nil, fmt.Errorf("fetching what the guest is made of: %w", err)
 	}
 	b := &builder{Guest: g, tree: root, cache: filepath.Join(root, ".cache", "guest")}
 	unlock, err := lock(ctx, filepath.Join(b.cache, "build.lock"))
@@ -93,6 +94,19 @@ func Build(ctx context.Context, g Guest) (*Image, error) {
 		return nil, fmt.Errorf("building a guest for %s: %w", g.Arch, err)
 	}
 	return i, nil
+}
+
+// Parts is the directory with what guests of an architecture are made of, which
+// .ci/guest fetches the first time. Its files are shared: copy, do not write.
+func Parts(ctx context.Context, arch string) (dir string, err error) {
+	root, err := Tree()
+	if err != nil {
+		return "", err
+	}
+	if err := run(ctx, root, nil, filepath.Join(root, ".ci", "guest"), arch); err != nil {
+		return "", fmt.Errorf("fetching what the guest is made of: %w", err)
+	}
+	return filepath.Join(root, ".cache", "guest", arch), nil
 }
 
 // Tree is the root of the source tree that the current directory is in.
