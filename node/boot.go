@@ -130,12 +130,29 @@ func (a *Agent) bootDir(ctx context.Context, l *life, state string) error {
 		}
 		spec.Mounts = append(slices.Clone(l.order.Mounts), shares...)
 	}
-	m, err := a.c.Machines.Boot(ctx, spec)
+	m, err := a.bootSpec(ctx, spec)
 	if err != nil {
 		return err
 	}
 	a.setMachine(l, m)
 	return nil
+}
+
+// A host may free a machine's slot a moment after the machine is gone: macOS does.
+const (
+	slotTries = 6
+	slotPause = 500 * time.Millisecond
+)
+
+// bootSpec boots a machine, and waits a little for a slot of a machine that has just gone.
+func (a *Agent) bootSpec(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
+	for n := 1; ; n++ {
+		m, err := a.c.Machines.Boot(ctx, spec)
+		if n == slotTries || !errors.Is(err, vm.ErrAtCapacity) {
+			return m, err
+		}
+		pause(ctx, slotPause)
+	}
 }
 
 // adoptTries bounds how often a machine is asked for that is there and cannot be had:

@@ -220,6 +220,7 @@ type yard struct {
 	machines map[fleet.VMID]*machine
 	boots    map[fleet.VMID]int
 	bootErr  error
+	full     int // so many boots find no slot
 	silent   bool   // machines whose guest never answers
 	stubborn int    // so many calls of Destroy fail
 	hang     bool   // Boot does not return before its context ends
@@ -255,6 +256,10 @@ func (y *yard) Boot(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 		<-ctx.Done()
 		y.mu.Lock()
 		return nil, ctx.Err()
+	}
+	if y.full > 0 {
+		y.full--
+		return nil, vm.ErrAtCapacity
 	}
 	if y.bootErr != nil {
 		return nil, y.bootErr

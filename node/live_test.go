@@ -51,6 +51,8 @@ func TestOutcomes(t *testing.T) {
 			prepare: func(s *stand, _ *api.VMOrder) { s.yard.bootErr = &vm.BootError{Err: errors.New("no kernel")} }},
 		{name: "no slot on the host", reason: "no free machine slot", failed: true,
 			prepare: func(s *stand, _ *api.VMOrder) { s.yard.bootErr = vm.ErrAtCapacity }},
+		{name: "a slot that is freed a moment later", script: jobGood, runner: true, reason: "runner exited 0", busy: true,
+			prepare: func(s *stand, _ *api.VMOrder) { s.yard.full = slotTries - 1 }},
 		{name: "boot hangs", reason: "its guest did not answer within 10m0s", failed: true,
 			prepare: func(s *stand, _ *api.VMOrder) { s.yard.hang = true }},
 		{name: "guest never answers", reason: "its guest did not answer within 2m0s", failed: true,

@@ -143,7 +143,7 @@ it from standard input.`,
 					return fmt.Errorf("read the token from standard input: %w (hint: paddock token create --node NAME | paddock node join -)", err)
 				}
 			}
-			if err := parts.Join(cmd.Context(), c.Node, token, url); err != nil {
+			if err := parts.Join(cmd.Context(), c.Node, token, or(url, g.url)); err != nil {
 				return err
 			}
 			_, err = fmt.Fprintf(cmd.OutOrStdout(), "node %s has joined; start it with: paddock node\n", c.Node.Name)
