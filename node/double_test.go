@@ -220,7 +220,7 @@ type yard struct {
 	machines map[fleet.VMID]*machine
 	boots    map[fleet.VMID]int
 	bootErr  error
-	full     int // so many boots find no slot
+	full     int    // so many boots find no slot
 	silent   bool   // machines whose guest never answers
 	stubborn int    // so many calls of Destroy fail
 	hang     bool   // Boot does not return before its context ends
