@@ -25,6 +25,7 @@ import (
 	"github.com/paddock-ci/paddock/runner/guest"
 	"github.com/paddock-ci/paddock/runner/guest/self"
 	"github.com/paddock-ci/paddock/vm"
+	"github.com/paddock-ci/paddock/vm/process"
 	"github.com/paddock-ci/paddock/vm/process/processtest"
 )
 
@@ -36,8 +37,9 @@ const (
 )
 
 // savingDriver gives processes what a saved machine has: a disk and an identity, of which
-// a host must never have two. A lock of the helper's process on the identity shows it.
-type savingDriver struct{ vm.Driver }
+// a host must never have two. A lock on the identity shows it, for as long as the machine
+// lives: a helper outlives its machine by a moment.
+type savingDriver struct{ *process.Driver } // also its Reap
 
 func (d savingDriver) Boot(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 	top := filepath.Dir(filepath.Dir(spec.Dir)) // clones lie in the node's directory
@@ -68,7 +70,13 @@ func (d savingDriver) Boot(ctx context.Context, spec vm.Spec) (vm.Machine, error
 	if err != nil {
 		return nil, errors.Join(err, m.Destroy(ctx), lock.Close())
 	}
-	return savedMachine{m, spec, identity, lock, launcher}, nil
+	unlock := sync.OnceFunc(func() { _ = lock.Close() })
+	go func() { // ends with the machine, and at the latest with the helper
+		if _, err := m.Wait(context.WithoutCancel(ctx)); err == nil {
+			unlock()
+		}
+	}()
+	return savedMachine{m, spec, identity, unlock, launcher}, nil
 }
 
 // launch starts the reference launcher, as an image with it does, if the machine has the
@@ -91,7 +99,7 @@ type savedMachine struct {
 	vm.Machine
 	spec     vm.Spec
 	identity string
-	lock     *os.File // until this process ends
+	unlock   func()
 	launcher *exec.Cmd
 }
 
@@ -100,6 +108,7 @@ func (m savedMachine) Destroy(ctx context.Context) error {
 		_ = syscall.Kill(-m.launcher.Process.Pid, syscall.SIGKILL)
 		_ = m.launcher.Wait()
 	}
+	defer m.unlock()
 	return m.Machine.Destroy(ctx)
 }
 
@@ -167,6 +176,7 @@ func TestKilledHelper(t *testing.T) {
 			m.office.place(m.order("aaaaaaaa", "exec sleep 300"))
 			agent := m.child(t)
 			m.office.awaitState(t, "aaaaaaaa", fleet.VMBusy)
+			m.awaitState(t) // for the next VM
 			if alone {
 				agent.kill(t)
 			}

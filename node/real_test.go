@@ -23,6 +23,20 @@ func (m *mac) realOrder(id fleet.VMID, more string) api.VMOrder {
 	}
 }
 
+// awaitState waits until a saved state is whole: it is brought to disk while its VM has
+// long been warm, and an agent that is killed meanwhile has none.
+func (m *mac) awaitState(t *testing.T) {
+	t.Helper()
+	for late := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+		if marks, _ := filepath.Glob(filepath.Join(m.dir, "states", "*", "*", stateMark)); len(marks) > 0 {
+			return
+		}
+		if time.Now().After(late) {
+			t.Fatal("no state was saved within a minute")
+		}
+	}
+}
+
 // TestRealMachines: a real machine boots cold and is saved; the agent is killed with -9
 // under its job and nothing is lost; the next machine starts from the state, sooner; one
 // whose helper is killed is gone with it, and the node says so.
@@ -40,8 +54,9 @@ func TestRealMachines(t *testing.T) {
 	}
 	first := m.child(t)
 	m.office.order(func() { m.office.start["aaaaaaaa"] = runnerOrder("aaaaaaaa") })
-	m.office.place(m.realOrder("aaaaaaaa", "sleep 3; exit 0"))
+	m.office.place(m.realOrder("aaaaaaaa", "sleep 8; exit 0"))
 	m.office.awaitState(t, "aaaaaaaa", fleet.VMBusy)
+	m.awaitState(t)
 	session := m.office.latest().Session
 	first.kill(t)
 	agent := m.child(t)

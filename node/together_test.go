@@ -81,7 +81,7 @@ func helperMain() error {
 		}
 		return helper.Main(context.Background(), driver, os.Stdin)
 	}
-	driver, err := process.New(process.Config{Command: []string{os.Args[0], guestArg}})
+	driver, err := process.New(process.Config{Command: []string{os.Args[0], guestArg}, Env: processtest.Env})
 	if err != nil {
 		return err
 	}
@@ -112,7 +112,7 @@ func realAgent(dir, url string, fetcher cache.Fetcher, log *slog.Logger) (*Agent
 	if _, err := os.Lstat(filepath.Join(dir, qemuSwitch)); err == nil {
 		command = append(command, qemuSwitch)
 	}
-	machines, err := helper.New(helper.Config{Command: command, Dir: filepath.Join(dir, "run")})
+	machines, err := helper.New(helper.Config{Command: command, Dir: filepath.Join(dir, "run"), Env: processtest.Env})
 	if err != nil {
 		return nil, nil, err
 	}
