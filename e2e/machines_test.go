@@ -66,7 +66,7 @@ func openStable(t *testing.T, p pool) *stable {
 // newStable has all but Paddock itself.
 func newStable(t *testing.T) *stable {
 	t.Helper()
-	t.Parallel() // they share nothing, and wait for jobs most of their time
+	t.Parallel()                        // they share nothing, and wait for jobs most of their time
 	dir, err := os.MkdirTemp("", "e2e") // short: unix sockets
 	if err != nil {
 		t.Fatal(err)
@@ -337,6 +337,27 @@ func (s *stable) vms() []vmRow {
 	return rows
 }
 
+// logPhases shows each job's way from its webhook to its runner being busy, for who asks
+// with -v where the time went.
+func (s *stable) logPhases() {
+	s.t.Helper()
+	var rows []struct {
+		Name, Node string
+		Phases     *struct{ Queue, Pull, Boot, Register time.Duration }
+	}
+	if err := json.Unmarshal([]byte(s.run("job", "list", "-o", "json")), &rows); err != nil {
+		s.t.Fatal(err)
+	}
+	for _, r := range rows {
+		if r.Phases == nil {
+			s.t.Errorf("job %s has no phases", r.Name)
+			continue
+		}
+		p := *r.Phases
+		s.t.Logf("%s on %s: queue %.2f s, pull %.2f s, boot %.2f s, register %.2f s", r.Name, r.Node, p.Queue.Seconds(), p.Pull.Seconds(), p.Boot.Seconds(), p.Register.Seconds())
+	}
+}
+
 // queue queues jobs with one step each.
 func (s *stable) queue(steps ...string) []fleet.JobID {
 	s.t.Helper()
@@ -448,6 +469,7 @@ func TestRealMachines(t *testing.T) {
 	for i, says := range []string{"one of 42 on aarch64", "two on aarch64", "three on aarch64", "four on aarch64"} {
 		s.succeeds(jobs[i], says)
 	}
+	s.logPhases()
 	tiers, nodes := map[string]int{}, map[string]int{}
 	for _, vm := range s.vms() {
 		tiers[vm.Tier]++
