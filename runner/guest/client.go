@@ -66,7 +66,7 @@ func (c *Client) Hello(ctx context.Context) (Hello, error) {
 	if !ok {
 		return Hello{}, fmt.Errorf("hello: %w: unknown state", errFrame)
 	}
-	return Hello{Protocol: h.Protocol, Version: clip(h.Version, maxText), Status: status}, nil
+	return Hello{Protocol: h.Protocol, Version: Plain(h.Version, maxText), Status: status}, nil
 }
 
 // Start starts the runner. Starting the same name again is a success, also after it

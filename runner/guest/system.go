@@ -128,7 +128,7 @@ func currentNetwork() (Network, error) {
 
 // checked is a network as a guest said it, within its bounds.
 func (n Network) checked() Network {
-	good := Network{Interface: clip(n.Interface, 64), Addresses: []string{}}
+	good := Network{Interface: Plain(n.Interface, 64), Addresses: []string{}}
 	for _, text := range n.Addresses[:min(len(n.Addresses), maxAddresses)] {
 		if at, err := netip.ParseAddr(text); err == nil && at.Zone() == "" {
 			good.Addresses = append(good.Addresses, at.String())

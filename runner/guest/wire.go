@@ -199,7 +199,7 @@ func (f frame) asError() error {
 
 // asError is the error that an error answer stands for, as the caller sees it.
 func (e errorBody) asError() error {
-	text := clip(e.Text, maxText)
+	text := Plain(e.Text, maxText)
 	switch e.Code {
 	case codeOccupied:
 		return fmt.Errorf("%w: %s", ErrOccupied, text)
@@ -223,7 +223,7 @@ func clip(s string, limit int) string {
 // checked is a status as a guest sent it, with every field within its bounds; ok is
 // false if its state is none.
 func (s Status) checked() (_ Status, ok bool) {
-	s.Name, s.Job = clip(s.Name, maxText), clip(s.Job, maxText)
+	s.Name, s.Job = clip(s.Name, maxText), Plain(s.Job, maxText) // a name is compared
 	s.Tail = strings.ToValidUTF8(s.Tail[max(0, len(s.Tail)-maxTail):], "\uFFFD")
 	s.BusyAt, s.ExitedAt = sane(s.BusyAt), sane(s.ExitedAt)
 	switch s.State {
