@@ -326,6 +326,12 @@ func (s *stable) await(what string, limit time.Duration, check func() error) {
 // vmRow is what the tests read of "paddock vm list -o json".
 type vmRow struct {
 	ID, Node, Pool, State, Tier, Address, Reason string
+
+	Job          fleet.JobID
+	PlacedAt     time.Time `json:"placed_at"`
+	BootingAt    time.Time `json:"booting_at"`
+	WarmAt       time.Time `json:"warm_at"`
+	RegisteredAt time.Time `json:"registered_at"`
 }
 
 func (s *stable) vms() []vmRow {

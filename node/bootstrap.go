@@ -146,8 +146,10 @@ func (a *Agent) explain(l *life, why *ending) *ending {
 		return why
 	}
 	said := *why
+	tail := vm.ConsoleTail(a.cloneDir(l.order.ID))
 	switch {
-	case why.late && l.machine == nil:
+	// A driver may wait for the guest's agent before it calls a machine up.
+	case why.late && l.machine == nil && tail == "":
 		said.Reason += ": its machine was not up yet"
 	case why.late && r.Report.State == fleet.VMBooting && r.Report.Tier != fleet.TierSaved:
 		said.Reason += ": " + hints[bootstrapOf(l.order)]
@@ -155,7 +157,7 @@ func (a *Agent) explain(l *life, why *ending) *ending {
 			said.Reason += "; last try: " + clip(l.lastTry.Error(), maxReasonError)
 		}
 	}
-	if tail := vm.ConsoleTail(a.cloneDir(l.order.ID)); tail != "" {
+	if tail != "" {
 		tail = strings.ToValidUTF8(tail[max(0, len(tail)-maxReasonConsole):], "")
 		said.Reason += fmt.Sprintf("; console ends: %q", tail)
 	}

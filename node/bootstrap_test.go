@@ -1,12 +1,17 @@
 package node
 
 import (
+	"bytes"
+	"crypto/ed25519"
+	"errors"
 	"io"
 	"net"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"golang.org/x/crypto/ssh"
 
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
@@ -47,6 +52,9 @@ func TestWrongBootstraps(t *testing.T) {
 		{name: "ssh, and something else answers", bootstrap: fleet.BootstrapSSH, within: 11 * time.Minute,
 			prepare: func(s *stand) { s.office.logins, s.yard.port = login, webServer },
 			want:    []string{"this pool's bootstrap is ssh", "last try: SSH login of admin", "HTTP/1.1 400"}, not: "pass-word"},
+		{name: "ssh, and the login is wrong", bootstrap: fleet.BootstrapSSH, within: time.Minute,
+			prepare: func(s *stand) { s.office.logins, s.yard.port = login, refuseLogins },
+			want:    []string{"the guest refused the SSH login: the password is wrong; set the pool's ssh login to an account of this image"}, not: "pass-word"},
 		{name: "self, and nobody reads the share", bootstrap: fleet.BootstrapSelf, within: 11 * time.Minute,
 			want: []string{"this pool's bootstrap is self", "launcher writes ready"}},
 	} {
@@ -78,6 +86,52 @@ func TestWrongBootstraps(t *testing.T) {
 				s.checkEmpty(t)
 			})
 		})
+	}
+}
+
+// refuseLogins is an SSH server that knows no account.
+func refuseLogins(c net.Conn) {
+	defer func() { _ = c.Close() }()
+	key, err := ssh.NewSignerFromSigner(ed25519.NewKeyFromSeed(make([]byte, ed25519.SeedSize)))
+	if err != nil {
+		panic(err)
+	}
+	config := &ssh.ServerConfig{PasswordCallback: func(ssh.ConnMetadata, []byte) (*ssh.Permissions, error) {
+		return nil, errors.New("unknown account")
+	}}
+	config.AddHostKey(key)
+	ended := make(chan struct{})
+	defer close(ended)
+	e := eager{Conn: c, out: make(chan []byte, 100), ended: ended}
+	go e.send()
+	_, _, _, _ = ssh.NewServerConn(e, config)
+}
+
+// eager is a connection whose writer need not wait for the reader: both sides of SSH
+// begin by writing.
+type eager struct {
+	net.Conn
+	out   chan []byte
+	ended <-chan struct{}
+}
+
+func (e eager) Write(p []byte) (int, error) {
+	select {
+	case e.out <- bytes.Clone(p):
+		return len(p), nil
+	case <-e.ended:
+		return 0, net.ErrClosed
+	}
+}
+
+func (e eager) send() {
+	for {
+		select {
+		case p := <-e.out:
+			_, _ = e.Conn.Write(p) // a reader that has left is the server's to notice
+		case <-e.ended:
+			return
+		}
 	}
 }
 

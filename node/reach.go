@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/runner/guest"
+	"github.com/paddock-ci/paddock/runner/guest/ssh"
 	"github.com/paddock-ci/paddock/vm"
 )
 
@@ -18,17 +20,30 @@ const (
 	// warm-up counts in the start delay.
 	dialPause = 50 * time.Millisecond
 	dialMost  = 2 * time.Second
+	// loginTries is how often a guest that has not answered yet may refuse a login: while it
+	// boots, an account may not be ready. loginPause stands between: a newer sshd shuts out,
+	// for a while, who is refused more often.
+	loginTries = 3
+	loginPause = 5 * time.Second
 )
 
 // reach dials the guest until it answers, and leaves the connection in l.guest and its
-// word in l.status. It fails only if the machine has ended or ctx ends.
+// word in l.status. It fails only if the machine has ended, ctx ends, or no further try
+// will help.
 func (a *Agent) reach(ctx context.Context, l *life) error {
+	refused := 0
 	for n := 1; ; n++ {
 		err := a.hello(ctx, l)
 		var final *ending
 		switch {
 		case err == nil:
 			return nil
+		case errors.Is(err, ssh.ErrLogin) && a.recordOf(l).Report.State == fleet.VMBooting:
+			if refused++; refused == loginTries {
+				return &ending{Reason: err.Error(), Failed: true}
+			}
+			pause(ctx, loginPause)
+			continue
 		case errors.As(err, &final):
 			return final
 		case ctx.Err() != nil:
