@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/runner/guest"
 )
 
 func sshCommand(g *globals) *cobra.Command {
@@ -112,5 +113,5 @@ func quoteWord(w string) string {
 	if w != "" && strings.Trim(w, plainBytes) == "" {
 		return w
 	}
-	return "'" + strings.ReplaceAll(w, "'", `'\''`) + "'"
+	return guest.Quote(w)
 }

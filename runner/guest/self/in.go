@@ -4,11 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"os"
 	"path/filepath"
-	"regexp"
-	"slices"
 	"strings"
 
 	"github.com/paddock-ci/paddock/runner/guest"
@@ -17,13 +14,10 @@ import (
 // maxName bounds a runner's name, in bytes; GitHub takes 64.
 const maxName = 256
 
-// variable is a name that a shell can export.
-var variable = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
-
 // claim notes, beside the share and out of the guest's reach, which runner the guest is
 // for; false if it is another's. It outlives us: a guest takes one runner.
 func (c *Client) claim(name string) (bool, error) {
-	if name == "" || len(name) > maxName || strings.ContainsAny(name, "\r\n\x00") {
+	if name == "" || guest.Plain(name, maxName) != name {
 		return false, fmt.Errorf("a runner needs a name of one line and at most %d bytes", maxName)
 	}
 	// A link is made as a whole or not at all, and only once.
@@ -55,7 +49,7 @@ func (c *Client) name() string {
 // hand puts the order into the share: made outside of it and renamed, so that the guest
 // never sees a part.
 func (c *Client) hand(r guest.Run) error {
-	environment, err := exports(r.Env)
+	environment, err := guest.Exports(r.Env)
 	if err != nil {
 		return err
 	}
@@ -68,7 +62,7 @@ func (c *Client) hand(r guest.Run) error {
 	if len(r.Argv) > 0 {
 		words := make([]string, len(r.Argv))
 		for i, a := range r.Argv {
-			words[i] = quote(a)
+			words[i] = guest.Quote(a)
 		}
 		files["command"] = []byte("set -- " + strings.Join(words, " ") + "\n")
 	}
@@ -115,21 +109,4 @@ func (c *Client) takeBack() error {
 		return fmt.Errorf("taking the runner's order out of the share: %w", err)
 	}
 	return nil
-}
-
-// exports are lines that set variables in a POSIX shell.
-func exports(env map[string]string) (string, error) {
-	var text strings.Builder
-	for _, key := range slices.Sorted(maps.Keys(env)) {
-		if !variable.MatchString(key) {
-			return "", fmt.Errorf("env: %q is no name that a shell can pass on: letters, digits and _ only", key)
-		}
-		fmt.Fprintf(&text, "export %s=%s\n", key, quote(env[key]))
-	}
-	return text.String(), nil
-}
-
-// quote makes one word of any text for a POSIX shell.
-func quote(text string) string {
-	return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'"
 }

@@ -169,7 +169,7 @@ func (r *report) line(text string) {
 			r.ready, r.version = true, "self"
 		}
 		if rest != "" {
-			r.version = bound(rest)
+			r.version = guest.Plain(rest, maxWord)
 		}
 	case word == "running" && !r.started():
 		r.ready, r.status.State = true, guest.Running
@@ -183,17 +183,7 @@ func (r *report) line(text string) {
 		fallthrough
 	default:
 		if r.odd == "" && word != "running" && word != "busy" {
-			r.odd = bound(text)
+			r.odd = guest.Plain(text, maxWord)
 		}
 	}
-}
-
-// bound cuts a text from the guest and makes it printable.
-func bound(text string) string {
-	return strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f {
-			return ' '
-		}
-		return r
-	}, strings.ToValidUTF8(text[:min(maxWord, len(text))], "\uFFFD"))
 }

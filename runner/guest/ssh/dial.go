@@ -101,7 +101,7 @@ func Dial(ctx context.Context, conn net.Conn, c Config) (*Client, error) {
 	}
 	made := &Client{
 		conn: xssh.NewClient(client, chans, requests), raw: conn, dir: c.Dir, log: c.Log,
-		version: bound("ssh "+strings.TrimPrefix(string(client.ServerVersion()), "SSH-2.0-"), maxLine),
+		version: guest.Plain("ssh "+strings.TrimPrefix(string(client.ServerVersion()), "SSH-2.0-"), maxLine),
 		closed:  make(chan struct{}), ended: make(chan struct{}),
 	}
 	go made.stayAlive()
@@ -209,5 +209,5 @@ func reason(err error, late bool) string {
 	if late {
 		return fmt.Sprintf("cut after %v", handshakeLimit.Round(time.Second))
 	}
-	return bound(strings.TrimPrefix(err.Error(), "ssh: "), maxLine)
+	return guest.Plain(strings.TrimPrefix(err.Error(), "ssh: "), maxLine)
 }

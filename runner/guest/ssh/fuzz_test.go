@@ -7,6 +7,8 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
+
+	"github.com/paddock-ci/paddock/runner/guest"
 )
 
 // FuzzAnswer: no bytes from a guest panic, and what is taken from them is bounded.
@@ -74,7 +76,7 @@ func FuzzQuote(f *testing.F) {
 		if strings.ContainsAny(encoded, ".'\n") || len(text)+len(encoded) > 64<<10 {
 			return // longer than an argument may be
 		}
-		out, err := exec.CommandContext(t.Context(), "/bin/sh", "-c", "printf %s "+quote(text)+"; printf '%b' '"+encoded+"'").Output()
+		out, err := exec.CommandContext(t.Context(), "/bin/sh", "-c", "printf %s "+guest.Quote(text)+"; printf '%b' '"+encoded+"'").Output()
 		if want := text + string(input); err != nil || string(out) != want {
 			t.Errorf("%q, %v; want %q", out, err, want)
 		}

@@ -13,6 +13,8 @@ import (
 	"syscall"
 
 	xssh "golang.org/x/crypto/ssh"
+
+	"github.com/paddock-ci/paddock/runner/guest"
 )
 
 // HostKeys remembers which host key belongs to which image.
@@ -62,7 +64,7 @@ type pin struct {
 // Check pins the key if the name is new, and compares it otherwise.
 func (f *KeyFile) Check(name string, key []byte) (err error) {
 	if name == "" || len(name) > maxPinName || strings.ContainsAny(name, " \t\r\n#") {
-		return fmt.Errorf("host key: %q is no name to pin a key under", bound(name, maxPinName))
+		return fmt.Errorf("host key: %q is no name to pin a key under", guest.Plain(name, maxPinName))
 	}
 	if _, err := xssh.ParsePublicKey(key); err != nil {
 		return fmt.Errorf("host key of %s: %w", name, err)
@@ -169,7 +171,7 @@ func parsePins(text string) ([]pin, error) {
 		}
 		parsed, err := xssh.ParsePublicKey(key)
 		if err != nil || parsed.Type() != fields[1] {
-			return nil, fmt.Errorf("line %d: not a key of type %s; delete the line to forget it", number, bound(fields[1], maxPinName))
+			return nil, fmt.Errorf("line %d: not a key of type %s; delete the line to forget it", number, guest.Plain(fields[1], maxPinName))
 		}
 		pins = append(pins, pin{fields[0], key})
 	}

@@ -4,9 +4,6 @@ import (
 	_ "embed" // the scripts
 	"errors"
 	"fmt"
-	"maps"
-	"regexp"
-	"slices"
 	"strings"
 
 	"github.com/paddock-ci/paddock/runner/guest"
@@ -37,9 +34,6 @@ const (
 	maxName   = 256       // bytes of a runner's name, of which GitHub takes 64
 )
 
-// variable is a name that a shell can export.
-var variable = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
-
 // script is a script as it is sent: state.sh, what the host sets, and the body.
 func script(body string, set ...string) string {
 	return bare(scriptState) + strings.Join(set, "\n") + "\n" + bare(body)
@@ -56,28 +50,23 @@ func bare(body string) string {
 	return text.String()
 }
 
-// quote makes one word of any text for a POSIX shell.
-func quote(text string) string {
-	return "'" + strings.ReplaceAll(text, "'", `'\''`) + "'"
-}
-
-// quotePath is quote, but ~/ at the beginning is the account's home.
+// quotePath is guest.Quote, but ~/ at the beginning is the account's home.
 func quotePath(path string) string {
 	if rest, ok := strings.CutPrefix(path, "~/"); ok {
-		return `"$HOME"/` + quote(rest)
+		return `"$HOME"/` + guest.Quote(rest)
 	}
-	return quote(path)
+	return guest.Quote(path)
 }
 
 // startScript is the script that starts a runner. Its input is not in it.
 func startScript(r guest.Run, dir string) (string, error) {
 	switch {
-	case r.Name == "" || len(r.Name) > maxName || strings.ContainsFunc(r.Name, isControl):
+	case r.Name == "" || guest.Plain(r.Name, maxName) != r.Name:
 		return "", fmt.Errorf("a runner needs a name of one line and at most %d bytes", maxName)
 	case len(r.Input) > maxInput:
 		return "", fmt.Errorf("an input of %d bytes: at most %d go through a guest's shell", len(r.Input), maxInput)
 	}
-	return programScript(scriptStart, r.Argv, r.Env, dir, "runner="+quote(r.Name))
+	return programScript(scriptStart, r.Argv, r.Env, dir, "runner="+guest.Quote(r.Name))
 }
 
 // programScript is a script that runs a program: it finds dir, the arguments in $@, and a
@@ -88,16 +77,13 @@ func programScript(body string, argv []string, env map[string]string, dir string
 	}
 	arguments := make([]string, len(argv))
 	for i, a := range argv {
-		arguments[i] = quote(a)
+		arguments[i] = guest.Quote(a)
 	}
-	environment := []string{"environment() {", ":"}
-	for _, key := range slices.Sorted(maps.Keys(env)) {
-		if !variable.MatchString(key) {
-			return "", fmt.Errorf("env: %q is no name that a shell can pass on: letters, digits and _ only", key)
-		}
-		environment = append(environment, "export "+key+"="+quote(env[key]))
+	exports, err := guest.Exports(env)
+	if err != nil {
+		return "", err
 	}
-	set = append(set, "dir="+quotePath(dir), "set -- "+strings.Join(arguments, " "), strings.Join(environment, "\n")+"\n}")
+	set = append(set, "dir="+quotePath(dir), "set -- "+strings.Join(arguments, " "), "environment() {\n:\n"+exports+"}")
 	text := script(body, set...)
 	if strings.ContainsRune(text, 0) {
 		return "", errors.New("a NUL byte in an argument, a variable or a directory")
@@ -107,8 +93,6 @@ func programScript(body string, argv []string, env map[string]string, dir string
 	}
 	return text, nil
 }
-
-func isControl(r rune) bool { return r < ' ' || r == 0x7f }
 
 // encodeInput writes bytes as printf %b reads them, with a full stop behind the last: an
 // input that was cut off has none. What base64 is made of stands for itself.

@@ -250,4 +250,4 @@ func (h *head) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-func (h *head) String() string { return bound(string(h.kept), maxComplaint) }
+func (h *head) String() string { return guest.Plain(string(h.kept), maxComplaint) }

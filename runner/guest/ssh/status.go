@@ -72,11 +72,11 @@ func (r *reader) word(want string) error {
 	case text == want:
 		return nil
 	case kind == "occupied":
-		return fmt.Errorf("%w: it is %q", guest.ErrOccupied, bound(rest, maxLine))
+		return fmt.Errorf("%w: it is %q", guest.ErrOccupied, guest.Plain(rest, maxLine))
 	case kind == "error":
-		return errors.New(bound(rest, maxLine))
+		return errors.New(guest.Plain(rest, maxLine))
 	}
-	return fmt.Errorf("%w: %q", errAnswer, bound(text, 100))
+	return fmt.Errorf("%w: %q", errAnswer, guest.Plain(text, 100))
 }
 
 // status reads one status: lines of a word and its value, a full stop, and after an exit
@@ -121,7 +121,7 @@ func field(s *guest.Status, text string) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("%w: %q in a status", errAnswer, bound(text, 100))
+	return fmt.Errorf("%w: %q in a status", errAnswer, guest.Plain(text, 100))
 }
 
 // end completes a status.
@@ -147,15 +147,4 @@ func moment(text string) time.Time {
 		return time.Time{}
 	}
 	return time.Unix(seconds, 0).UTC()
-}
-
-// bound cuts a text from the guest and makes it printable.
-func bound(text string, limit int) string {
-	text = strings.ToValidUTF8(text[:min(limit, len(text))], "\uFFFD")
-	return strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f {
-			return ' '
-		}
-		return r
-	}, text)
 }
