@@ -134,7 +134,7 @@ type Agent struct {
 
 	stopping chan struct{}  // closed when Run is asked to end
 	lives    sync.WaitGroup // one per VM that is lived
-	short    sync.WaitGroup // evictions under way
+	short    sync.WaitGroup // evictions and sessions under way
 
 	mu       sync.Mutex
 	vms      map[fleet.VMID]*life     // lived ones and those whose end nobody acknowledged

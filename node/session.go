@@ -48,9 +48,13 @@ const (
 	// lastWords is how long what a machine printed at its end may take to be passed on.
 	lastWords = 500 * time.Millisecond
 	// firstLogs is how long the first of a runner's kept output may take to come, and
-	// quietLogs the silence after which what has come counts as all there is.
-	firstLogs = 5 * time.Second
+	// restLogs the rest: a runner may print faster than it is read. The silence of
+	// quietLogs says before that what has come is all there is, and so do keptLogs bytes:
+	// no way into a guest keeps more of a runner's output.
+	firstLogs = 2 * time.Second
+	restLogs  = 2 * time.Second
 	quietLogs = 500 * time.Millisecond
+	keptLogs  = 2 << 20
 )
 
 // connector keeps account of sessions; its fields are guarded by Agent.mu.
@@ -377,20 +381,44 @@ func printConsole(ctx context.Context, w io.Writer, path string, once bool) {
 	}
 }
 
-// printLogs writes what a runner prints; with once, what is kept of it.
+// printLogs writes what a runner prints; with once, what is kept of it. A runner that goes
+// on printing does not keep once from ending.
 func printLogs(ctx context.Context, w io.Writer, output func(context.Context, func([]byte)) error, once bool) error {
 	ctx, end := context.WithCancel(ctx)
 	defer end()
-	var quiet *time.Timer
-	if once {
-		quiet = time.AfterFunc(firstLogs, end)
-		defer quiet.Stop()
-	}
-	return output(ctx, func(p []byte) {
+	pass := func(p []byte) {
 		if _, err := w.Write(p); err != nil {
 			end()
-		} else if once {
-			quiet.Reset(quietLogs)
 		}
+	}
+	run := func(p func([]byte)) error {
+		if err := output(ctx, p); ctx.Err() == nil {
+			return err
+		}
+		return nil // it was ended here
+	}
+	if !once {
+		return run(pass)
+	}
+	quiet := time.AfterFunc(firstLogs, end)
+	defer quiet.Stop()
+	var (
+		left = keptLogs // bytes
+		last time.Time
+	)
+	return run(func(p []byte) {
+		if ctx.Err() != nil {
+			return
+		}
+		if last.IsZero() {
+			last = time.Now().Add(restLogs)
+		}
+		p = p[:min(len(p), left)]
+		pass(p)
+		if left -= len(p); left == 0 {
+			end()
+			return
+		}
+		quiet.Reset(min(quietLogs, time.Until(last)))
 	})
 }

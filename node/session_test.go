@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/paddock-ci/paddock/api"
@@ -444,4 +445,52 @@ func TestSessionsOverSSH(t *testing.T) {
 	stop()
 	s.checkEmpty(t)
 	sshd.check(t)
+}
+
+// What is kept of a runner's output has an end, also where the runner goes on printing or
+// prints nothing.
+func TestLogsOnceEnd(t *testing.T) {
+	for name, c := range map[string]struct {
+		begin, every time.Duration // of the runner's output; 0 begin: never
+		piece        int           // bytes of it at a time
+		kept         int           // bytes of it at the beginning
+		most         time.Duration
+		least        int // bytes that have to come
+	}{
+		"a line after the other":    {begin: 1, every: 100 * time.Millisecond, piece: 40, kept: 64 << 10, most: restLogs, least: 64 << 10},
+		"without a pause":           {begin: 1, every: 1, piece: 32 << 10, kept: 64 << 10, most: time.Second, least: keptLogs},
+		"all that a way ever keeps": {begin: 1, kept: keptLogs, most: time.Second, least: keptLogs},
+		"a late first line":         {begin: firstLogs - 1, kept: 40, most: firstLogs + quietLogs, least: 40},
+		"nothing":                   {most: firstLogs},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				// As a guest's way does it, output returns when ctx ends and not before.
+				output := func(ctx context.Context, print func([]byte)) error {
+					wait := func(d time.Duration) bool {
+						pause(ctx, d)
+						return ctx.Err() == nil
+					}
+					if c.begin > 0 && wait(c.begin) {
+						print(make([]byte, c.kept))
+						for c.every > 0 && wait(c.every) {
+							print(make([]byte, c.piece))
+						}
+					}
+					<-ctx.Done()
+					return ctx.Err()
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+				defer cancel()
+				var got bytes.Buffer
+				began := time.Now()
+				if err := printLogs(ctx, &got, output, true); err != nil {
+					t.Error(err)
+				}
+				if took := time.Since(began); took > c.most+time.Millisecond || got.Len() < c.least || got.Len() > keptLogs {
+					t.Errorf("%d bytes in %v, want %d to %d within %v", got.Len(), took, c.least, keptLogs, c.most)
+				}
+			})
+		})
+	}
 }

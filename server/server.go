@@ -25,6 +25,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/gin-gonic/gin"
@@ -74,6 +75,7 @@ type Server struct {
 	times    sessionTimes
 	engine   *gin.Engine
 	bodyTime time.Duration // see bodyTime; tests have less of it
+	looks    atomic.Int64  // how often open sessions were looked at, for tests that wait for it
 
 	drain    chan struct{} // closed when parked calls shall be answered
 	draining sync.Once

@@ -161,7 +161,7 @@ func (s *Server) vmSession(c *gin.Context, to call) (func(), error) {
 		return nil, errors.Join(err, far.Close())
 	}
 	watched := context.WithoutCancel(ctx) // net/http ends its context with the handler, not with the connection
-	return func() { s.splice(watched, near, far, asked, to.who.ID) }, nil
+	return func() { s.splice(watched, near, far, asked, to.who) }, nil
 }
 
 // what names a session's purpose for people.

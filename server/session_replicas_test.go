@@ -29,7 +29,8 @@ func TestSessionOverAnEmptiedStore(t *testing.T) {
 	h.server.times.look = 10 * time.Millisecond
 	near, far := m.meets(port22)
 	redis.Flush(t)
-	time.Sleep(20 * h.server.times.look)
+	h.until("the VM is not known any more", func() bool { return h.view().VMs["vmaaaaaa"] == nil })
+	h.untilLooked(5)
 	if _, err := io.WriteString(far, "still here"); err != nil {
 		t.Fatal(err)
 	}
@@ -144,4 +145,11 @@ func (h *house) revokeAnn() {
 		h.t.Fatal(err)
 	}
 	h.advance(2 * ledgerAge)
+}
+
+// untilLooked waits until open sessions were looked at n times more.
+func (h *house) untilLooked(n int64) {
+	h.t.Helper()
+	n += h.server.looks.Load()
+	h.until("open sessions are looked at", func() bool { return h.server.looks.Load() >= n })
 }

@@ -458,6 +458,7 @@ func TestSessionsEnd(t *testing.T) {
 			m.say(v)
 		}},
 		"the token":                          {port22, func(h *house, _ *mac, _, _ api.Stream) { h.revokeAnn() }},
+		"the token's end":                    {port22, func(h *house, _ *mac, _, _ api.Stream) { h.advance(access.NodeLife) }},
 		"the server":                         {port22, func(h *house, _ *mac, _, _ api.Stream) { h.server.Drain() }},
 		"who watches leaves":                 {console, func(_ *house, _ *mac, near, _ api.Stream) { _ = near.CloseWrite() }},
 		"there is no more":                   {console, func(_ *house, _ *mac, _, far api.Stream) { _ = far.CloseWrite() }},
@@ -468,7 +469,7 @@ func TestSessionsEnd(t *testing.T) {
 			h.server.times = sessionTimes{answer: time.Minute, look: 20 * time.Millisecond, quiet: 100 * time.Millisecond, grace: 20 * time.Millisecond}
 			before := runtime.NumGoroutine()
 			near, far := m.meets(c.order)
-			time.Sleep(10 * h.server.times.look) // idle for longer than a quiet half lasts
+			h.untilLooked(10) // idle for longer than a quiet half lasts
 			if _, err := io.WriteString(far, "still here"); err != nil {
 				t.Fatal(err)
 			}

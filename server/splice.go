@@ -14,6 +14,7 @@ import (
 
 	"github.com/gin-gonic/gin"
 
+	"github.com/paddock-ci/paddock/access"
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/store"
 )
@@ -78,9 +79,9 @@ func take(c *gin.Context) (*stream, error) {
 }
 
 // splice copies between a person and a node until both directions have ended, one of
-// them broke, the VM ended, the person's token was revoked or the server drains; then
-// both are closed. An idle session stays: TCP's keep-alive finds peers that are gone.
-func (s *Server) splice(ctx context.Context, near, far *stream, p store.Pending, token string) {
+// them broke, the VM ended, the person's token ended or was revoked or the server drains;
+// then both are closed. An idle session stays: TCP's keep-alive finds peers that are gone.
+func (s *Server) splice(ctx context.Context, near, far *stream, p store.Pending, who access.Identity) {
 	began := time.Now()
 	s.metrics.sessions.Inc()
 	defer s.metrics.sessions.Dec()
@@ -117,10 +118,11 @@ func (s *Server) splice(ctx context.Context, near, far *stream, p store.Pending,
 				why = "one side had ended and the other was silent"
 				cut()
 			}
-			if over := s.over(ctx, &p, token); over != "" {
+			if over := s.over(ctx, &p, who); over != "" {
 				why = over
 				cut()
 			}
+			s.looks.Add(1)
 		case <-drain:
 			drain = nil
 			timer := time.NewTimer(s.times.grace)
@@ -158,12 +160,16 @@ func pour(to, from *stream, moved *atomic.Int64) error {
 
 // over says why a session may not go on, "" if it may. A store that is away or was
 // emptied says nothing about its VM.
-func (s *Server) over(ctx context.Context, p *store.Pending, token string) string {
-	ledger, err := s.ledger.get(ctx, s.c.Now())
+func (s *Server) over(ctx context.Context, p *store.Pending, who access.Identity) string {
+	now := s.c.Now()
+	if !now.Before(who.ExpiresAt) {
+		return "its token ended"
+	}
+	ledger, err := s.ledger.get(ctx, now)
 	if err != nil {
 		return ""
 	}
-	if _, revoked := ledger.Revoked[token]; revoked {
+	if _, revoked := ledger.Revoked[who.ID]; revoked {
 		return "its token was revoked"
 	}
 	view, err := s.c.Store.View(ctx)
