@@ -32,6 +32,7 @@ type machine struct {
 	monitor *monitor
 	port    *port
 	shares  []*share
+	passt   *passt // nil: another network
 	line    *guest.Line
 	printed chan error    // the end of the console
 	opened  chan struct{} // closed when the guest has opened its port
@@ -93,7 +94,7 @@ func launch(ctx context.Context, p *plan, clone func(ctx context.Context, src, d
 	}
 	defer func() {
 		if err != nil {
-			m.endShares()
+			m.endHelpers()
 		}
 	}()
 	screen, err := openConsole(p.spec.Dir)
@@ -129,6 +130,13 @@ func (m *machine) start(ctx context.Context, inherited []*os.File) error {
 		}
 		m.shares, inherited = append(m.shares, s), append(inherited, s.conn)
 	}
+	if p.passt != "" {
+		var err error
+		if m.passt, err = openPasst(ctx, p, m.log); err != nil {
+			return err
+		}
+		inherited = append(inherited, m.passt.qemu)
+	}
 	args, err := p.args(3, 4, 5) // where ExtraFiles begin
 	if err != nil {
 		return err
@@ -143,10 +151,15 @@ func (m *machine) start(ctx context.Context, inherited []*os.File) error {
 	for _, s := range m.shares {
 		_ = s.conn.Close() // so that QEMU's end is the stream's
 	}
+	if m.passt != nil {
+		_ = m.passt.qemu.Close()
+	}
 	return nil
 }
 
-func (m *machine) endShares() {
+// endHelpers ends what runs beside QEMU.
+func (m *machine) endHelpers() {
+	m.passt.end()
 	for _, s := range m.shares {
 		s.end()
 	}
@@ -176,7 +189,7 @@ func (m *machine) live(ctx context.Context) {
 		m.quit(ctx)
 	}
 	m.exit.At = time.Now().UTC()
-	m.endShares()
+	m.endHelpers()
 	m.monitor.close()
 	m.port.end()
 	_ = m.line.Close()

@@ -9,10 +9,11 @@ import (
 	"strings"
 	"time"
 
+	"github.com/paddock-ci/paddock/runner/guest"
 	"github.com/paddock-ci/paddock/vm"
 )
 
-// QEMU's user network: its name in QEMU, and the address that it gives the one guest.
+// A machine's network: its name in QEMU, and the address that it gives the one guest.
 const (
 	netID        = "net"
 	guestAddress = "10.0.2.15"
@@ -22,13 +23,32 @@ const (
 // not up answers nothing, and a try made later finds it sooner than one made before.
 const connectLimit = time.Second
 
-// Address is the guest's address in QEMU's user network, once it was seen there.
+// networkArgs are QEMU's arguments for the network, whose stream it inherits as fd.
+func (p *plan) networkArgs(fd int) []string {
+	var netdev string
+	switch p.network {
+	case networkNone:
+		return nil
+	case networkUser:
+		netdev = "user,id=" + netID
+	case networkPasst:
+		netdev = fmt.Sprintf("stream,id=%s,server=off,addr.type=fd,addr.str=%d", netID, fd)
+	}
+	// romfile: no network boot, and no need of the ROM's package.
+	return []string{"-netdev", netdev, "-device", "virtio-net-pci,romfile=,netdev=" + netID + ",mac=" + p.mac}
+}
+
+// Address is the guest's address in its own network, once it was seen there.
 func (m *machine) Address(ctx context.Context) (string, error) {
 	switch {
 	case m.plan.network == networkNone:
 		return "", fmt.Errorf("the guest's address: %w: it has no network", vm.ErrUnsupported)
 	case m.over():
 		return "", vm.ErrEnded
+	case m.passt != nil:
+		if m.passt.wire.seen.Load() {
+			m.address.Store(true)
+		}
 	case !m.address.Load():
 		connections, err := m.connections(ctx)
 		if err != nil {
@@ -46,8 +66,9 @@ func (m *machine) Address(ctx context.Context) (string, error) {
 	return "", nil
 }
 
-// DialPort connects to a TCP port of the guest. QEMU listens on a port of this host's
-// loopback for no longer than it takes.
+// DialPort connects to a TCP port of the guest. QEMU's own network listens on a port of
+// this host's loopback for no longer than it takes. Behind passt the guest's agent makes
+// the connection, and without an agent there is SSH's port only.
 func (m *machine) DialPort(ctx context.Context, port int) (net.Conn, error) {
 	if m.plan.network == networkNone {
 		return nil, fmt.Errorf("dialling the guest's port %d: %w: it has no network", port, vm.ErrUnsupported)
@@ -58,13 +79,14 @@ func (m *machine) DialPort(ctx context.Context, port int) (net.Conn, error) {
 	ctx, cancel := m.whileAlive(ctx)
 	defer cancel()
 	for pause := 20 * time.Millisecond; ; pause = min(2*pause, 500*time.Millisecond) {
-		conn, err := m.forward(ctx, port)
-		if err == nil {
-			m.address.Store(true)
+		conn, err := m.dialPort(ctx, port)
+		switch {
+		case err == nil:
 			return conn, nil
-		}
-		if m.over() {
+		case m.over():
 			return nil, vm.ErrEnded
+		case errors.Is(err, vm.ErrUnsupported) || errors.Is(err, guest.ErrUnsupported):
+			return nil, fmt.Errorf("dialling the guest's port %d: %w", port, err)
 		}
 		select {
 		case <-time.After(pause):
@@ -75,6 +97,18 @@ func (m *machine) DialPort(ctx context.Context, port int) (net.Conn, error) {
 			return nil, fmt.Errorf("dialling the guest's port %d: %w", port, errors.Join(ctx.Err(), err))
 		}
 	}
+}
+
+// dialPort tries once, in the network's way.
+func (m *machine) dialPort(ctx context.Context, port int) (net.Conn, error) {
+	if m.passt != nil {
+		return m.passPort(ctx, port)
+	}
+	conn, err := m.forward(ctx, port)
+	if err == nil {
+		m.address.Store(true)
+	}
+	return conn, err
 }
 
 // errNobody: the guest refused, or did not answer in time.

@@ -24,8 +24,9 @@ const (
 
 // Values of Config.Network.
 const (
-	networkUser = "user"
-	networkNone = "none"
+	networkUser  = "user"
+	networkPasst = "passt"
+	networkNone  = "none"
 )
 
 // plan is all that a machine is started with.
@@ -35,6 +36,7 @@ type plan struct {
 	program        program
 	accel          string // tcg or kvm
 	network        string
+	passt          string // the program, where that is the network
 	cpu            int
 	memory         int64 // bytes
 	mac            string
@@ -62,6 +64,11 @@ func (d *Driver) plan(ctx context.Context, spec vm.Spec) (*plan, error) {
 	}
 	if p.shares, err = checkMounts(spec.Mounts); err != nil {
 		return nil, err
+	}
+	if p.network == networkPasst {
+		if p.passt, err = findPasst(); err != nil {
+			return nil, err
+		}
 	}
 	if p.program, err = d.program(ctx, p.config.Arch); err != nil {
 		return nil, err
@@ -145,7 +152,7 @@ func randomMAC() (string, error) {
 }
 
 // args is QEMU's command line. The numbers are those under which it inherits its ends
-// of the sockets; those of the shares follow.
+// of the sockets; those of the shares follow, and then the network's.
 func (p *plan) args(monitorFD, consoleFD, portFD int) ([]string, error) {
 	disk, err := json.Marshal(map[string]any{
 		"driver": "raw", "node-name": "disk",
@@ -171,10 +178,7 @@ func (p *plan) args(monitorFD, consoleFD, portFD int) ([]string, error) {
 		"-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng",
 	}
 	args = append(append(args, sandbox...), p.shareArgs(portFD+1)...)
-	if p.network == networkUser {
-		// romfile: no network boot, and no need of the ROM's package.
-		args = append(args, "-netdev", "user,id="+netID, "-device", "virtio-net-pci,romfile=,netdev="+netID+",mac="+p.mac)
-	}
+	args = append(args, p.networkArgs(portFD+1+len(p.spec.Mounts))...)
 	if p.kernel != "" {
 		args = append(args, "-kernel", p.kernel, "-append", p.commandLine())
 		if p.initrd != "" {

@@ -17,7 +17,7 @@
 // is no image tool, keeps no state between machines, and knows no jobs. The guest is not
 // trusted, QEMU with a seccomp filter is what holds it, but QEMU's user network lets it
 // connect to whatever this host can, its loopback included: a host for guests of
-// strangers runs QEMU in a network namespace, or with Config.Network "none".
+// strangers has Config.Network "passt" or "none".
 //
 // Called by cmd, inside the vm-helper process, and by tests.
 package qemu
@@ -38,8 +38,9 @@ type Config struct {
 	// Accel is what runs the guest's CPU: "tcg" (emulation), "kvm", or "auto", which
 	// takes KVM where a virtual CPU really ran by it. "": tcg.
 	Accel string
-	// Network is "user" (QEMU's own network behind this host's addresses, no port open)
-	// or "none". "": user.
+	// Network is "user" (QEMU's own network behind this host's addresses: the guest
+	// reaches all that this host does, its loopback too), "passt" (the program of that
+	// name, Linux: without the loopback) or "none". "": user.
 	Network string
 	// Slots is how many machines this driver runs at once; 0: no limit.
 	Slots int
@@ -81,9 +82,9 @@ func New(c Config) (*Driver, error) {
 	switch c.Network {
 	case "":
 		c.Network = networkUser
-	case networkUser, networkNone:
+	case networkUser, networkPasst, networkNone:
 	default:
-		return nil, fmt.Errorf("qemu driver: network %q, want user or none", c.Network)
+		return nil, fmt.Errorf("qemu driver: network %q, want user, passt or none", c.Network)
 	}
 	if c.CloneFile == nil {
 		c.CloneFile = copyFile

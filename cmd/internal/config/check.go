@@ -92,8 +92,8 @@ func (n *Node) checkDriver() *Problem {
 		return &Problem{Path: "$.node.driver", What: fmt.Sprintf("unknown driver %q", n.Driver), Hint: "vz on a Mac, qemu on Linux, or process for trying Paddock out"}
 	case !slices.Contains([]string{"tcg", "kvm", "auto"}, n.QEMU.Accel):
 		return &Problem{Path: "$.node.qemu.accel", What: fmt.Sprintf("unknown accelerator %q", n.QEMU.Accel), Hint: "tcg, kvm or auto"}
-	case !slices.Contains([]string{"user", "none"}, n.QEMU.Network):
-		return &Problem{Path: "$.node.qemu.network", What: fmt.Sprintf("unknown network %q", n.QEMU.Network), Hint: "user or none"}
+	case !slices.Contains([]string{NetworkUser, "passt", "none"}, n.QEMU.Network):
+		return &Problem{Path: "$.node.qemu.network", What: fmt.Sprintf("unknown network %q", n.QEMU.Network), Hint: "user, passt (no way to this host's loopback) or none"}
 	case n.States() && n.Driver == DriverProcess:
 		return &Problem{Path: "$.node.saved_states", What: "processes have no state that could be saved", Hint: "leave it out with driver process"}
 	}

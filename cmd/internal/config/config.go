@@ -151,8 +151,8 @@ type QEMU struct {
 	// Accel is tcg (emulation, works everywhere), kvm, or auto (kvm if it really runs a
 	// guest). Default tcg.
 	Accel string `yaml:"accel"`
-	// Network is user (the guest reaches what this host's user reaches) or none.
-	// Default user.
+	// Network is user (the guest reaches what this host's user reaches, this host's loopback
+	// too), passt (Linux: without the loopback) or none. Default user.
 	Network string `yaml:"network"`
 }
 
@@ -170,6 +170,9 @@ const (
 	DriverQEMU    = "qemu"
 	DriverProcess = "process"
 )
+
+// NetworkUser is the network of QEMU's that works everywhere.
+const NetworkUser = "user"
 
 // defaultDriver is the one that runs machines on this platform without anything else.
 func defaultDriver(os, arch string) string {
@@ -243,7 +246,7 @@ func (c *Config) fillDefaults() {
 	}
 	def(&c.Node.Driver, defaultDriver(runtime.GOOS, runtime.GOARCH))
 	def(&c.Node.QEMU.Accel, "tcg")
-	def(&c.Node.QEMU.Network, "user")
+	def(&c.Node.QEMU.Network, NetworkUser)
 	def(&c.Node.Slots, 2)
 	def(&c.Node.Streams, 8)
 	def(&c.Node.Dir, filepath.Join(c.Data, "node"))

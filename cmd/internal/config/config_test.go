@@ -219,6 +219,9 @@ func TestNotes(t *testing.T) {
 		{"no key file", strings.Replace(whole, "app.pem", "none.pem", 1), []string{"github.private_key_file: open "}},
 		{"an empty secret", strings.Replace(whole, dir+"/hook", path("empty", "", 0o600), 1), []string{"empty is empty"}},
 		{"a directory", strings.Replace(whole, dir+"/hook", dir, 1), []string{"is a directory"}},
+		{"a network for all", whole + "node: {driver: qemu}\n", []string{"this host's loopback"}},
+		{"a network for strangers", whole + "node: {driver: qemu, qemu: {network: passt}}\n", nil},
+		{"a network of another driver's", whole + "node: {driver: process, qemu: {network: user}}\n", nil},
 		{"a secret for all", strings.Replace(whole, dir+"/hook", path("open", "secret", 0o644), 1), []string{"chmod 600"}},
 	}
 	for _, tt := range tests {

@@ -6,9 +6,10 @@ import (
 	"strings"
 )
 
-// Notes names what is no mistake in the file but stands in the way of a command, each in
-// one line: keys that the controller needs, files that this host does not have or that
-// others may read. It opens the files and keeps nothing of them.
+// Notes names what is no mistake in the file but to be known, each in one line: keys that
+// the controller needs, files that this host does not have or that others may read, a
+// network in which jobs reach more than most people think. It opens the files and keeps
+// nothing of them.
 func (c *Config) Notes() []string {
 	var notes, missing []string
 	g := c.GitHub
@@ -27,6 +28,9 @@ func (c *Config) Notes() []string {
 	}
 	if len(c.Pools) == 0 {
 		notes = append(notes, "there are no pools: jobs are taken in, but none runs (see docs/paddock.example.yaml)")
+	}
+	if c.Node.Driver == DriverQEMU && c.Node.QEMU.Network == NetworkUser {
+		notes = append(notes, "node.qemu.network: with user, jobs reach whatever listens on this host's loopback; with passt they do not (see docs/machines.md)")
 	}
 	secrets := map[string][]string{
 		"github.private_key_file": {g.PrivateKeyFile}, "github.webhook_secret_files": g.WebhookSecretFiles, "tls.key": {c.TLS.Key},
