@@ -6,7 +6,8 @@
 // It is not a test runner: what is tested and how is said in the arguments after "--",
 // which go to go test unchanged, and in those of -also, for packages that are tested in
 // another build, too. With CI in the environment (any value but 0 and
-// false) a skipped test is a failure, because there nothing may be missing.
+// false) a skipped test is a failure, because there nothing may be missing. A test that
+// -need names must have passed: a build that is left out would fail nothing else.
 //
 // The Makefile calls it.
 package main
@@ -24,9 +25,10 @@ import (
 )
 
 func main() {
-	var dirs, also list
+	var dirs, also, need list
 	flag.Var(&dirs, "dir", "a module's directory; may be repeated (default: the working directory)")
 	flag.Var(&also, "also", "one more run in the working directory: `NAME=value… arguments` of go test; may be repeated")
+	flag.Var(&need, "need", "a `PACKAGE.Test` that must have passed in one of the runs; may be repeated")
 	flag.Parse()
 	if len(dirs) == 0 {
 		dirs = list{"."}
@@ -41,7 +43,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 
-	t := newTally(os.Stdout)
+	t := newTally(os.Stdout, need...)
 	for _, r := range runs {
 		if err := run(ctx, t, r); err != nil {
 			t.broken(r.String(), err)

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strings"
 )
 
@@ -22,6 +24,7 @@ type tally struct {
 	out                     io.Writer
 	passed, failed, skipped int
 	packages                map[string]*progress
+	needed                  map[string]bool // by package and name, whether it has passed
 }
 
 // progress is what is kept of a package until it is finished: packages run side by
@@ -32,8 +35,14 @@ type progress struct {
 	failed int
 }
 
-func newTally(out io.Writer) *tally {
-	return &tally{out: out, packages: map[string]*progress{}}
+// newTally makes a tally that is good only if the tests of need have passed, each named
+// by its package's import path, a dot and its own name.
+func newTally(out io.Writer, need ...string) *tally {
+	t := &tally{out: out, packages: map[string]*progress{}, needed: map[string]bool{}}
+	for _, name := range need {
+		t.needed[name] = false
+	}
+	return t
 }
 
 // read takes one run's events until the end of the stream.
@@ -85,6 +94,9 @@ func (t *tally) add(e event) {
 		output.WriteString(e.Output)
 	case "pass":
 		t.passed++
+		if name := e.Package + "." + e.Test; t.isNeeded(name) {
+			t.needed[name] = true
+		}
 		delete(p.tests, e.Test)
 	case "skip":
 		t.skipped++
@@ -134,6 +146,12 @@ func (t *tally) close(strict bool) bool {
 		t.failed++
 		fmt.Fprintf(t.out, "FAIL\t%s: its run was cut off\n", name)
 	}
+	for _, name := range slices.Sorted(maps.Keys(t.needed)) {
+		if !t.needed[name] {
+			t.failed++
+			fmt.Fprintf(t.out, "FAIL\t%s: it must pass, and did not\n", name)
+		}
+	}
 	ok := t.failed == 0
 	switch {
 	case t.passed+t.failed+t.skipped == 0:
@@ -145,6 +163,11 @@ func (t *tally) close(strict bool) bool {
 	}
 	fmt.Fprintf(t.out, "%d passed, %d failed, %d skipped\n", t.passed, t.failed, t.skipped)
 	return ok
+}
+
+func (t *tally) isNeeded(name string) bool {
+	_, needed := t.needed[name]
+	return needed
 }
 
 // trim leaves out what go test prints around every test.

@@ -85,6 +85,29 @@ func TestTallyVerdicts(t *testing.T) {
 	}
 }
 
+// What another build alone has is not missed by its absence: it is asked for by name.
+func TestTallyNeeds(t *testing.T) {
+	const end = `{"Action":"pass","Package":"m/vz"}` + "\n"
+	for name, test := range map[string]struct {
+		stream string
+		ok     bool
+	}{
+		"it passed":           {`{"Action":"pass","Package":"m/vz","Test":"TestReal"}` + "\n" + end, true},
+		"the stub's test ran": {`{"Action":"pass","Package":"m/vz","Test":"TestStub"}` + "\n" + end, false},
+		"another package's":   {`{"Action":"pass","Package":"m/qemu","Test":"TestReal"}` + "\n" + `{"Action":"pass","Package":"m/qemu"}` + "\n", false},
+		"it was skipped":      {`{"Action":"skip","Package":"m/vz","Test":"TestReal"}` + "\n" + end, false},
+	} {
+		var out strings.Builder
+		tally := newTally(&out, "m/vz.TestReal")
+		if err := tally.read(strings.NewReader(test.stream)); err != nil {
+			t.Fatal(err)
+		}
+		if ok := tally.close(false); ok != test.ok || ok == strings.Contains(out.String(), "m/vz.TestReal: it must pass") {
+			t.Errorf("%s: good is %t, want %t; printed:\n%s", name, ok, test.ok, &out)
+		}
+	}
+}
+
 // A module that cannot be read has no failing test, and must not pass for that.
 func TestRunOfABrokenModule(t *testing.T) {
 	dir := t.TempDir()
