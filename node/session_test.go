@@ -458,7 +458,7 @@ func TestLogsOnceEnd(t *testing.T) {
 		least        int // bytes that have to come
 	}{
 		"a line after the other":    {begin: 1, every: 100 * time.Millisecond, piece: 40, kept: 64 << 10, most: restLogs, least: 64 << 10},
-		"without a pause":           {begin: 1, every: 1, piece: 32 << 10, kept: 64 << 10, most: time.Second, least: keptLogs},
+		"without a pause":           {begin: 1, every: time.Millisecond, piece: 32 << 10, kept: 64 << 10, most: time.Second, least: keptLogs},
 		"all that a way ever keeps": {begin: 1, kept: keptLogs, most: time.Second, least: keptLogs},
 		"a late first line":         {begin: firstLogs - 1, kept: 40, most: firstLogs + quietLogs, least: 40},
 		"nothing":                   {most: firstLogs},
@@ -480,7 +480,7 @@ func TestLogsOnceEnd(t *testing.T) {
 					<-ctx.Done()
 					return ctx.Err()
 				}
-				ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 				defer cancel()
 				var got bytes.Buffer
 				began := time.Now()

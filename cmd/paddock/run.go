@@ -156,9 +156,10 @@ it from standard input.`,
 	return cmd
 }
 
-// overlays are the flags that overlay the configuration, each by the variable that does
-// the same.
-var overlays = []struct{ flag, variable, usage string }{
+// overlay is a flag that overlays the configuration, and the variable that does the same.
+type overlay struct{ flag, variable, usage string }
+
+var overlays = []overlay{
 	{"listen", "PADDOCK_LISTEN", "where the controller listens, `host:port` (key listen)"},
 	{"data", "PADDOCK_DATA", "`directory` of ledger, fleet key and embedded store (key data)"},
 	{"redis", "PADDOCK_REDIS", "`URL` of Redis (key redis; prefer PADDOCK_REDIS if it has a password)"},

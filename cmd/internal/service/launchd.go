@@ -32,6 +32,7 @@ func (l *launchd) leftovers() []string {
 
 func (l *launchd) notes() []string {
 	return []string{"its log: " + l.log(),
+		"after an upgrade: launchctl kickstart -k " + l.target(),
 		"it runs while its user is logged in at the display; for a Mac that nobody sits at, turn on automatic login"}
 }
 

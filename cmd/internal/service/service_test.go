@@ -461,3 +461,15 @@ WantedBy=default.target
 		}
 	}
 }
+
+// What people have to do after an upgrade depends on the manager, so the notes say it.
+func TestNotes(t *testing.T) {
+	for system, want := range map[string]string{
+		"linux":  "after an upgrade: systemctl --user restart paddock-node.service",
+		"darwin": "after an upgrade: launchctl kickstart -k gui/501/org.paddock.node",
+	} {
+		if notes := newHost(t, system).service().Notes(); !slices.Contains(notes, want) {
+			t.Errorf("on %s: %q, want %q among them", system, notes, want)
+		}
+	}
+}

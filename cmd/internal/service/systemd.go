@@ -34,7 +34,7 @@ func (s *systemd) leftovers() []string {
 const lingering = "/var/lib/systemd/linger"
 
 func (s *systemd) notes() []string {
-	notes := []string{"its log: journalctl --user -u " + unitName}
+	notes := []string{"its log: journalctl --user -u " + unitName, "after an upgrade: systemctl --user restart " + unitName}
 	who, err := user.LookupId(strconv.Itoa(s.c.UID))
 	if err != nil {
 		return notes
