@@ -159,7 +159,7 @@ func TestStockImages(t *testing.T) {
 	stock, unkeyed, ours := s.push("acme/stock", stockGuest(t, true)), s.push("acme/unkeyed", stockGuest(t, false)), s.push("acme/ours", qemutest.Guest{})
 	key, _ := stockKey(t, "admin")
 	byPassword := fmt.Sprintf("bootstrap: ssh, ssh: {user: admin, password_file: %s}", s.write("password", stockPassword))
-	s.open(2, stockPools(
+	s.open(3, stockPools(
 		[2]string{"password", "image: " + stock + ", " + byPassword},
 		[2]string{"key", fmt.Sprintf("image: %s, bootstrap: ssh, ssh: {user: admin, key_file: %s}", stock, s.write("key", key))},
 		[2]string{"unkeyed", "image: " + unkeyed + ", " + byPassword},
@@ -176,16 +176,22 @@ func TestStockImages(t *testing.T) {
 		s.succeeds(job, "as admin on aarch64")
 	}
 	twins := s.queueFor("unkeyed", "echo first", "echo second")
+	bad := map[string]fleet.JobID{}
+	for _, pool := range []string{"refused", "agentless", "sshless"} {
+		bad[pool] = s.queueFor(pool, "echo never")[0]
+	}
 	s.fails("unkeyed", "SSH host key is not the one pinned", "makes its host keys at its first boot")
 	s.oneSucceeds(twins)
-	for pool, wants := range map[string][]string{
-		"refused":   {"refused the SSH login: the password is wrong", "account of this image"},
-		"agentless": {"did not answer within 25s", "bootstrap is agent", "stock images want bootstrap: ssh", "console ends", "Server listening on 0.0.0.0 port 22"},
-		"sshless":   {"bootstrap is ssh", "images with Paddock's guest agent want bootstrap: agent"},
+	for _, f := range []struct {
+		pool  string
+		wants []string
+	}{
+		{"refused", []string{"refused the SSH login: the password is wrong", "account of this image"}},
+		{"sshless", []string{"bootstrap is ssh", "images with Paddock's guest agent want bootstrap: agent"}},
+		{"agentless", []string{"did not answer within 25s", "bootstrap is agent", "stock images want bootstrap: ssh", "console ends", "Server listening on 0.0.0.0 port 22"}},
 	} {
-		job := s.queueFor(pool, "echo never")[0]
-		s.fails(pool, wants...)
-		if err := s.github.Cancel(job); err != nil {
+		s.fails(f.pool, f.wants...)
+		if err := s.github.Cancel(bad[f.pool]); err != nil {
 			t.Error(err)
 		}
 	}
@@ -240,6 +246,7 @@ func (s *stable) fails(pool string, wants ...string) {
 				}
 			}
 			if missing == "" {
+				s.t.Logf("pool %s: %s", pool, row.Reason)
 				return nil
 			}
 			reasons = append(reasons, row.Reason)

@@ -16,6 +16,9 @@ import (
 const (
 	// helloTime bounds one try: a dial may hang where the guest's end is gone.
 	helloTime = 10 * time.Second
+	// sshTime is helloTime where a login comes first, of which an emulated guest makes a
+	// second and a loaded one ten: more than the login's own limit, whose error says more.
+	sshTime = 40 * time.Second
 	// dialPause and dialMost bound the pause between tries; the first is short, since a
 	// warm-up counts in the start delay.
 	dialPause = 50 * time.Millisecond
@@ -63,7 +66,11 @@ func (a *Agent) reach(ctx context.Context, l *life) error {
 // hello makes one connection and asks for the guest's status.
 func (a *Agent) hello(ctx context.Context, l *life) (err error) {
 	l.hangUp()
-	try, cancel := context.WithTimeout(ctx, helloTime)
+	limit := helloTime
+	if bootstrapOf(l.order) == fleet.BootstrapSSH {
+		limit = sshTime
+	}
+	try, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	defer func() {
 		if err != nil && (ctx.Err() == nil || l.lastTry == nil) {
