@@ -55,6 +55,9 @@ func (m *machine) open(ctx context.Context) (net.Conn, error) {
 	defer cancel()
 	patience := firstPatience
 	for {
+		if err := m.allowed(alive); err != nil {
+			return nil, fmt.Errorf("connecting to the guest, which is being saved: %w", err)
+		}
 		conn, err := m.connect(alive, patience)
 		switch {
 		case err == nil:
@@ -94,6 +97,9 @@ func (m *machine) connect(ctx context.Context, patience time.Duration) (net.Conn
 	defer close(given)
 	go func() {
 		conn, err := stream(device.Connect(guest.VsockPort))
+		if err == nil {
+			err = m.admit(conn)
+		}
 		select {
 		case answers <- answer{conn, err}:
 		case <-given:
@@ -113,6 +119,71 @@ func (m *machine) connect(ctx context.Context, patience time.Duration) (net.Conn
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
+}
+
+// errSaving: a stream came too late, the machine is about to stand still.
+var errSaving = errors.New("the machine is being saved")
+
+// admit takes a new stream for the line's, or closes it if none may be made.
+func (m *machine) admit(conn net.Conn) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.shut != nil {
+		return errors.Join(errSaving, conn.Close())
+	}
+	m.stream = conn
+	return nil
+}
+
+// allowed waits until streams may be made.
+func (m *machine) allowed(ctx context.Context) error {
+	m.mu.Lock()
+	shut := m.shut
+	m.mu.Unlock()
+	if shut == nil {
+		return nil
+	}
+	select {
+	case <-shut:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// hold cuts the stream to the guest and keeps new ones from being made until release is
+// called. It waits for the connects that are under way, of which some may never answer.
+func (m *machine) hold(ctx context.Context) (release func(), err error) {
+	shut := make(chan struct{})
+	m.mu.Lock()
+	stream := m.stream
+	m.shut, m.stream = shut, nil
+	m.mu.Unlock()
+	release = func() {
+		m.mu.Lock()
+		m.shut = nil
+		m.mu.Unlock()
+		close(shut)
+	}
+	if stream != nil {
+		_ = stream.Close()
+	}
+	_ = m.line.Close() // and with it what it has carried
+	limit := time.NewTimer(firstPatience)
+	defer limit.Stop()
+	for held := range maxConnects {
+		select {
+		case m.connects <- struct{}{}:
+			defer func() { <-m.connects }()
+		case <-limit.C:
+			m.log.Debug("the framework has not answered all connects", "count", maxConnects-held)
+			return release, nil
+		case <-ctx.Done():
+			release()
+			return nil, ctx.Err()
+		}
+	}
+	return release, nil
 }
 
 // stream is a connection as an interface: one that is nil without an error, as the

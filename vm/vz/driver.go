@@ -30,7 +30,7 @@ func New(c Config) (*Driver, error) {
 		c.Leases = vm.LeasesFile
 	}
 	if c.CloneFile == nil {
-		c.CloneFile = copyFile
+		c.CloneFile = vm.CopyFile
 	}
 	d := &Driver{config: c, log: c.Log}
 	if d.log == nil {

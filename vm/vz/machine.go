@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"runtime"
 	"sync"
 	"time"
@@ -44,8 +45,10 @@ type machine struct {
 	done   chan struct{} // closed: it has ended; exit is set
 
 	mu          sync.Mutex
-	wanted      bool // ending is closed; no verb begins any more
-	outstanding bool // a verb has not answered
+	wanted      bool          // ending is closed; no verb begins any more
+	outstanding bool          // a verb has not answered
+	stream      net.Conn      // the line's raw one, the last that was made; nil: none yet
+	shut        chan struct{} // not nil: no stream may be made until it is closed
 
 	exit vm.Exit // readable once done is closed
 }

@@ -125,8 +125,13 @@ func (m *machine) Save(ctx context.Context, dir string) (err error) {
 			err = errors.Join(err, empty(dir))
 		}
 	}()
-	// The guest sees its streams end while it still runs, and waits for new ones.
-	_ = m.line.Close()
+	// The guest sees its streams end while it still runs, and waits for new ones, of which
+	// there are none in the state.
+	release, err := m.hold(ctx)
+	if err != nil {
+		return fmt.Errorf("cutting the streams to the guest: %w", err)
+	}
+	defer release() // deferred before the resume: done after it
 	// Before the first error: a pause that was not waited for may happen nevertheless.
 	defer func() { err = errors.Join(err, m.resume(ctx)) }()
 	if err := m.call(ctx, m.framework.Pause); err != nil {
@@ -211,23 +216,4 @@ func writeJSON(path string, v any) error {
 		return fmt.Errorf("writing %s: %w", path, err)
 	}
 	return os.WriteFile(path, raw, 0o600)
-}
-
-// copyFile is the CloneFile of a driver that was given none.
-func copyFile(ctx context.Context, src, dst string) (err error) {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	in, err := os.Open(src)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = in.Close() }()
-	out, err := os.OpenFile(dst, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, out.Close()) }()
-	_, err = io.Copy(out, in)
-	return err
 }

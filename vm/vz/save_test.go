@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -105,6 +106,36 @@ func TestSaveGoesOn(t *testing.T) {
 	_, twice := saved(t, h, d, again)
 	if was.MAC() != twice.MAC() {
 		t.Errorf("the state of a restored machine is of %s, not of %s", twice.MAC(), was.MAC())
+	}
+}
+
+// Who dials while a machine is being saved waits until that is over: a stream made before
+// the machine stands still would be alive in the state. The stand-in minds.
+func TestDialWhileSaving(t *testing.T) {
+	var m atomic.Value // once it runs, the machine
+	dialled := make(chan error, 1)
+	(&house{Hooks: framework.Hooks{Pause: func() error { // the line is cut by now
+		ctx := bounded(t)
+		go func() {
+			conn, err := m.Load().(vm.Machine).Dial(ctx)
+			if err == nil {
+				err = conn.Close()
+			}
+			dialled <- err
+		}()
+		select {
+		case err := <-dialled: // in time to be saved with the machine
+			dialled <- err
+		case <-time.After(300 * time.Millisecond):
+		}
+		return nil
+	}}}).enter(t)
+	m.Store(boot(t, driver(t, vz.Config{}), mac(t, diskGood)))
+	if err := m.Load().(vm.Saver).Save(bounded(t), t.TempDir()); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-dialled; err != nil {
+		t.Errorf("who dialled meanwhile: %v", err)
 	}
 }
 

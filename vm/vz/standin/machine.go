@@ -242,6 +242,7 @@ func (v *VirtualMachine) SaveMachineStateToPath(saveFilePath string) error {
 	if err := v.move(VirtualMachineStateSaving, VirtualMachineStatePaused); err != nil {
 		return failure(ErrorInvalidVirtualMachineState, "the machine is not paused")
 	}
+	v.guest.saving()
 	err := call(hooks().Save)
 	if err == nil {
 		raw, _ := json.Marshal(v.snapshot()) // of strings and numbers

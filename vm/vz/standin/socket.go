@@ -35,16 +35,18 @@ func (v *VirtioSocketDevice) Connect(port uint32) (*VirtioSocketConnection, erro
 	for m.state == VirtualMachineStatePaused || m.state == VirtualMachineStateSaving {
 		m.changed.Wait()
 	}
-	guest, running := m.guest, m.state == VirtualMachineStateRunning
-	m.mu.Unlock()
-	if !running {
+	defer m.mu.Unlock() // until it is made: the machine either runs or has no new stream
+	if m.state != VirtualMachineStateRunning {
 		return nil, failure(ErrorInvalidVirtualMachineState, "the machine does not run")
 	}
-	return guest.accept(port)
+	return m.guest.accept(port)
 }
 
 // VirtioSocketConnection is a stream to a guest.
-type VirtioSocketConnection struct{ raw net.Conn }
+type VirtioSocketConnection struct {
+	raw    net.Conn
+	closed func() // told to the machine; nil: nobody counts
+}
 
 // pair makes the two ends of a stream, as sockets with deadlines.
 func pair() (host *VirtioSocketConnection, guest net.Conn, err error) {
@@ -71,7 +73,12 @@ func (v *VirtioSocketConnection) Read(b []byte) (n int, err error) { return v.ra
 func (v *VirtioSocketConnection) Write(b []byte) (n int, err error) { return v.raw.Write(b) }
 
 // Close closes the host's end.
-func (v *VirtioSocketConnection) Close() error { return v.raw.Close() }
+func (v *VirtioSocketConnection) Close() error {
+	if v.closed != nil {
+		v.closed()
+	}
+	return v.raw.Close()
+}
 
 // LocalAddr is of no use.
 func (v *VirtioSocketConnection) LocalAddr() net.Addr { return v.raw.LocalAddr() }

@@ -159,6 +159,7 @@ type Guest struct {
 	ended     bool
 	listeners map[uint32]func(net.Conn)
 	streams   []net.Conn
+	open      int // streams that the host has not closed
 }
 
 func newGuest(v *VirtualMachine) *Guest {
@@ -214,8 +215,24 @@ func (g *Guest) accept(port uint32) (*VirtioSocketConnection, error) {
 		return nil, err
 	}
 	g.streams = append(g.streams, inside)
+	g.open++
+	host.closed = sync.OnceFunc(func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.open--
+	})
 	go serve(inside)
 	return host, nil
+}
+
+// saving is the moment at which all of the guest is written down. A stream that the host
+// still has is alive in the state, and a guest that starts from there waits at it.
+func (g *Guest) saving() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.open > 0 {
+		world.fault("a machine is saved with %d open streams", g.open)
+	}
 }
 
 // Print writes to the guest's console.
