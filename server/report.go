@@ -14,6 +14,7 @@ import (
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/runner"
+	"github.com/paddock-ci/paddock/runner/guest"
 	"github.com/paddock-ci/paddock/store"
 )
 
@@ -77,7 +78,7 @@ func checkSync(r *api.SyncRequest) error {
 		if s := image.Start; s.Cold < 0 || s.Saved < 0 || s.States < 0 {
 			return bad("impossible starts of an image")
 		}
-		image.Error = image.Error[:min(len(image.Error), maxText)]
+		image.Error = guest.Plain(image.Error, maxText)
 	}
 	seen := map[fleet.VMID]bool{}
 	for _, vm := range r.VMs {
@@ -340,10 +341,9 @@ func describe(vm *fleet.VM, v *api.VMReport) bool {
 	return vm.Tier != was.Tier || vm.Address != was.Address
 }
 
-// cut bounds a text from outside.
-func cut(text string) string {
-	return strings.ToValidUTF8(text[:min(len(text), maxReason)], "?")
-}
+// cut bounds and tames a text from outside: it may repeat a guest's words, is stored, and
+// ends on people's terminals.
+func cut(text string) string { return guest.Plain(text, maxReason) }
 
 // missing looks at a record of this node that its report does not name. The report is
 // the whole journal, but absence does not act: the leader is asked to have GitHub say
@@ -372,7 +372,7 @@ func (r *report) missing(record *fleet.VM) {
 
 // event notes what happened, by this node's word.
 func (r *report) event(kind string, vm *fleet.VM, text string) {
-	e := fleet.Event{At: r.now, Kind: kind, Node: r.node, Actor: "node:" + string(r.node), Text: text}
+	e := fleet.Event{At: r.now, Kind: kind, Node: r.node, Actor: "node:" + string(r.node), Text: cut(text)}
 	if vm != nil {
 		e.VM, e.Job, e.Image = vm.ID, vm.Job, vm.Image
 	}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/runner/guest"
 	"github.com/paddock-ci/paddock/store"
 )
 
@@ -306,15 +307,7 @@ const maxWhy = 1000
 
 // tame makes one harmless line of a node's words: they may repeat a guest's, and end on
 // a terminal.
-func tame(text string) string {
-	text = strings.Map(func(r rune) rune {
-		if r < ' ' || (r >= 0x7f && r < 0xa0) {
-			return ' '
-		}
-		return r
-	}, strings.ToValidUTF8(text[:min(len(text), maxWhy)], "?"))
-	return strings.TrimSpace(text)
-}
+func tame(text string) string { return strings.TrimSpace(guest.Plain(text, maxWhy)) }
 
 // elsewhere says whether another replica holds a session, or nobody.
 func (s *Server) elsewhere(ctx context.Context, node fleet.NodeID, sid string) error {

@@ -6,10 +6,12 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/paddock-ci/paddock/access"
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/store"
 )
 
 func TestANodeSpeaksOnlyForItself(t *testing.T) {
@@ -176,5 +178,41 @@ func TestRefusedSyncs(t *testing.T) {
 	}
 	if len(h.view().VMs)+len(h.view().Nodes) != 0 {
 		t.Error("a refused report left records")
+	}
+}
+
+// A node's words may be a guest's, and what is stored of them ends on people's terminals:
+// each is one plain line there.
+func TestEscapesInANodesWords(t *testing.T) {
+	const said = "\x1b[2J\u009b1mended\nvmbbbbbb mac2\tbusy\r\u202e\xff"
+	h := newHouse(t)
+	h.place("vmaaaaaa", "mac1")
+	m := h.mac("mac1")
+	m.images = []fleet.NodeImage{{Ref: ref, Digest: digest, State: fleet.ImageFailed, Error: said + strings.Repeat("x", maxText)}}
+	v := m.is("vmaaaaaa", fleet.VMDone)
+	v.Failed, v.DoneAt, v.Reason = true, h.clock(), said+strings.Repeat("x", 2*maxReason)
+	m.say(v)
+	stored := []string{h.vm("vmaaaaaa").Reason, h.view().Nodes["mac1"].Images[0].Error}
+	if len(stored[0]) > maxReason || len(stored[1]) > maxText {
+		t.Errorf("%d and %d bytes are stored", len(stored[0]), len(stored[1]))
+	}
+	events, err := h.store.Events(t.Context(), store.EventFilter{})
+	if err != nil || len(events) < 2 {
+		t.Fatalf("%v, %v", events, err)
+	}
+	told := 0
+	for _, e := range events {
+		stored = append(stored, e.Text)
+		if strings.Contains(e.Text, "1mended") {
+			told++
+		}
+	}
+	if told == 0 {
+		t.Errorf("the words are in %d of %v", told, events)
+	}
+	for _, text := range stored {
+		if !utf8.ValidString(text) || strings.ContainsAny(text, "\x1b\u009b\n\r\t\u202e") {
+			t.Errorf("stored is %.200q", text)
+		}
 	}
 }

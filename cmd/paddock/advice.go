@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/paddock-ci/paddock/access"
+	"github.com/paddock-ci/paddock/runner/guest"
 	"github.com/paddock-ci/paddock/store"
 )
 
@@ -88,13 +89,17 @@ func exitStatus(err error) int {
 	return exitFailed
 }
 
-// advise makes one line of an error, with a hint if it has none and one is known.
+// maxAdvice bounds an error's line, in bytes.
+const maxAdvice = 8 << 10
+
+// advise makes one line of an error, with a hint if it has none and one is known. What it
+// repeats of a guest's words does nothing to a terminal.
 func advise(err error) string {
 	text := err.Error()
 	if refused := (*access.Error)(nil); errors.As(err, &refused) && refused.Hint != "" {
 		text = strings.Replace(text, refused.Error(), refused.Message+" (hint: "+refused.Hint+")", 1)
 	}
-	text = strings.ReplaceAll(strings.TrimSpace(text), "\n", "; ")
+	text = guest.Plain(strings.ReplaceAll(strings.TrimSpace(text), "\n", "; "), maxAdvice)
 	if strings.Contains(text, "(hint: ") {
 		return text
 	}

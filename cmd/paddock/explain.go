@@ -11,6 +11,7 @@ import (
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/placement"
+	"github.com/paddock-ci/paddock/runner/guest"
 )
 
 func explainCommand(g *globals) *cobra.Command {
@@ -56,7 +57,7 @@ func writeExplanation(cmd *cobra.Command, g *globals, e api.Explanation) error {
 	case e.Refusal.Refused():
 		fmt.Fprintf(&b, "it gets no VM: %s\n", e.Refusal)
 	case e.Wait != "":
-		fmt.Fprintf(&b, "%s\n", e.Wait)
+		fmt.Fprintf(&b, "%s\n", guest.Plain(e.Wait, maxCell))
 	case e.Choice != nil:
 		fmt.Fprintf(&b, "a VM is being placed on %s\n", e.Choice.Node)
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/cmd/internal/parts"
+	"github.com/paddock-ci/paddock/runner/guest"
 )
 
 // client finds the controller: --url with PADDOCK_TOKEN, or what the controller on this
@@ -55,8 +56,12 @@ type column[T any] struct {
 	text  func(T) string
 }
 
+// maxCell bounds one cell of a table in bytes: a reason has 2,000 of them at most.
+const maxCell = 4 << 10
+
 // show prints rows as the output flag says. An empty list is a table of its titles, and
-// an empty JSON array.
+// an empty JSON array. Whatever a cell repeats of a guest's words makes no rows and moves
+// no cursor.
 func show[T any](cmd *cobra.Command, g *globals, rows []T, columns []column[T]) error {
 	w := cmd.OutOrStdout()
 	if g.output == "json" {
@@ -70,7 +75,7 @@ func show[T any](cmd *cobra.Command, g *globals, rows []T, columns []column[T]) 
 		var cells []string
 		for _, c := range columns {
 			if !c.wide || g.output == "wide" {
-				cells = append(cells, or(text(c), "-"))
+				cells = append(cells, or(guest.Plain(text(c), maxCell), "-"))
 			}
 		}
 		_, _ = fmt.Fprintln(table, strings.Join(cells, "\t")) // reported by Flush

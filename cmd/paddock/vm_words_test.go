@@ -2,10 +2,15 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"os/exec"
 	"strings"
 	"testing"
+
+	"github.com/spf13/cobra"
+
+	"github.com/paddock-ci/paddock/api"
 )
 
 // What a guest prints does nothing to a terminal but show.
@@ -28,6 +33,33 @@ func TestTamer(t *testing.T) {
 			if got.String() != want {
 				t.Errorf("%q in steps of %d: %q, want %q", text, step, got.String(), want)
 			}
+		}
+	}
+}
+
+// A guest's words in a reason or in an error make no row of their own and move no cursor.
+func TestGuestsWordsInTables(t *testing.T) {
+	const said = "\x1b[2J\u009b1mended\nvm2   mac-2\tbusy\r\u202e\xff"
+	var out bytes.Buffer
+	cmd := &cobra.Command{}
+	cmd.SetOut(&out)
+	if err := show(cmd, &globals{output: "wide"}, []api.VMRow{{ID: "vm1", Reason: said, Address: said, JobName: said}}, vmColumns); err != nil {
+		t.Fatal(err)
+	}
+	if lines := strings.Split(out.String(), "\n"); len(lines) != 3 || lines[2] != "" {
+		t.Errorf("one VM is shown as %q", lines)
+	}
+	explained := bytes.Buffer{}
+	cmd.SetOut(&explained)
+	if err := writeExplanation(cmd, &globals{}, api.Explanation{Wait: said}); err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(explained.String(), "\n"); n != 2 {
+		t.Errorf("an explanation has %d lines: %q", n, &explained)
+	}
+	for _, text := range []string{out.String(), explained.String(), advise(errors.New(said)), advise(&api.Error{Message: said, Hint: said})} {
+		if strings.ContainsAny(text, "\x1b\u009b\r\t\u202e") || !strings.Contains(text, "ended") {
+			t.Errorf("%q", text)
 		}
 	}
 }

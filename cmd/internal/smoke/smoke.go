@@ -18,7 +18,6 @@ import (
 	"slices"
 	"strings"
 	"time"
-	"unicode"
 
 	"github.com/paddock-ci/paddock/runner/guest"
 	"github.com/paddock-ci/paddock/vm"
@@ -200,15 +199,5 @@ func oneLine(err error) string { return plainLine(err.Error()) }
 // does nothing to a terminal.
 func plainLine(text string) string {
 	const most = 600 // bytes
-	text = strings.ReplaceAll(strings.TrimSpace(text), "\n", "; ")
-	text = strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return '?'
-		}
-		return r
-	}, text)
-	if len(text) > most {
-		text = strings.ToValidUTF8(text[:most], "") + "…"
-	}
-	return text
+	return guest.Plain(strings.ReplaceAll(strings.TrimSpace(text), "\n", "; "), most)
 }
