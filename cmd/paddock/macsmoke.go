@@ -175,16 +175,21 @@ func trySmoke(ctx context.Context, cmd *cobra.Command, g *globals, f *smokeFlags
 		})
 		return printSmoke(cmd, g, report)
 	}
+	// The host's part of the report is what says why nothing could be tried.
+	begin := func(err error) error {
+		report.Steps = append(report.Steps, smoke.NotBegun(err))
+		return printSmoke(cmd, g, report)
+	}
 	c, remove, err := f.trial(p)
 	if err != nil {
-		return err
+		return begin(err)
 	}
 	defer func() { err = errors.Join(err, remove()) }()
 	if g.output != "json" {
 		c.Told = func(r smoke.Result) { fmt.Fprintf(cmd.ErrOrStderr(), "%s: %s\n", r.Step, r.Outcome) }
 	}
 	if report.Steps, err = smoke.Run(ctx, c); err != nil {
-		return err
+		return begin(err)
 	}
 	return printSmoke(cmd, g, report)
 }

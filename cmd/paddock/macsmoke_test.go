@@ -199,11 +199,37 @@ func TestMacsmokeFails(t *testing.T) {
 	if err == nil || exitStatus(err) != exitFailed || !strings.Contains(text, "give --image or --linux") || !strings.Contains(text, "codesign --force") {
 		t.Errorf("of the host alone it says\n%s\n%v", text, err)
 	}
-	// No image there.
-	if text, err = smokeOn(t, "table", &smokeFlags{image: filepath.Join(t.TempDir(), "none"), bootstrap: string(fleet.BootstrapAgent)}, nil); err == nil {
-		t.Errorf("without an image it says\n%s", text)
+}
+
+// Where nothing can be tried the report is printed all the same, since its head may say why.
+func TestMacsmokeCannotBegin(t *testing.T) {
+	none := filepath.Join(t.TempDir(), "none")
+	for name, c := range map[string]struct {
+		flags *smokeFlags
+		plant func(*smokeParts)
+		says  string
+	}{
+		"no image":           {&smokeFlags{image: none, bootstrap: string(fleet.BootstrapAgent)}, nil, none},
+		"no password":        {&smokeFlags{image: smokeImage(t, "linux"), bootstrap: string(fleet.BootstrapSSH), password: none}, nil, "read the password"},
+		"no processes' list": {&smokeFlags{image: smokeImage(t, "linux"), bootstrap: string(fleet.BootstrapAgent)}, func(p *smokeParts) { p.left = unlisted }, "no ps"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			text, err := smokeOn(t, "json", c.flags, c.plant)
+			if err == nil || exitStatus(err) != exitFailed || !strings.Contains(err.Error(), "1 check failed") {
+				t.Errorf("it ends with %v", err)
+			}
+			var r smokeReport
+			if err := json.Unmarshal([]byte(text), &r); err != nil {
+				t.Fatalf("%v: %s", err, text)
+			}
+			if len(r.Host) < 5 || len(r.Steps) != 1 || r.Steps[0].Step != "begin" || r.Steps[0].Outcome != smoke.Failed || !strings.Contains(r.Steps[0].Detail, c.says) || r.Steps[0].Advice == "" {
+				t.Errorf("%+v, want the host and a failed beginning with %q", r, c.says)
+			}
+		})
 	}
 }
+
+func unlisted(context.Context) ([]string, error) { return nil, errors.New("no ps") }
 
 // A kernel and an initial RAM disk become an image that a driver finds them in.
 func TestLinuxImage(t *testing.T) {

@@ -195,23 +195,7 @@ func TestVMSessions(t *testing.T) {
 	id := string(vm.ID)
 	port := guestService(t, echo)
 
-	t.Run("forward", func(t *testing.T) {
-		f := tw.forward(vm.ID, port)
-		var all sync.WaitGroup
-		for i := range 3 {
-			conn := dial(t, f.address)
-			all.Go(func() { bounce(t, conn, uint64(i)) })
-		}
-		all.Wait()
-		held := dial(t, f.address) // an open connection does not hold Ctrl-C up
-		if _, err := io.WriteString(held, "x"); err != nil {
-			t.Error(err)
-		}
-		if _, err := io.ReadFull(held, make([]byte, 1)); err != nil {
-			t.Error(err)
-		}
-		f.end(t)
-	})
+	t.Run("forward", func(t *testing.T) { tw.testForward(t, vm.ID, port) })
 	t.Run("forward by a beginning of the name and by the job", func(t *testing.T) {
 		for _, word := range []string{id[:5], strconv.FormatInt(int64(vm.Job), 10)} {
 			if out, errOut, err := tw.says("ping", "forward", "--stdio", word, port); err != nil || out != "ping" {
@@ -219,65 +203,11 @@ func TestVMSessions(t *testing.T) {
 			}
 		}
 	})
-	t.Run("a port that nobody listens on", func(t *testing.T) {
-		l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		_, closed, _ := net.SplitHostPort(l.Addr().String())
-		_ = l.Close()
-		out, errOut, err := tw.says("", "forward", "--stdio", id, closed)
-		if err == nil || out != "" || !strings.Contains(errOut, "node mac-1: connecting to port "+closed) || !strings.Contains(errOut, "refused") {
-			t.Errorf("%q, %v: %s", out, err, errOut)
-		}
-		f := tw.forward(vm.ID, closed)
-		if text, err := io.ReadAll(dial(t, f.address)); err != nil || len(text) > 0 {
-			t.Errorf("%q, %v", text, err)
-		}
-		f.end(t)
-		if !strings.Contains(f.stderr.String(), "connecting to port "+closed) {
-			t.Errorf("it says %q", f.stderr)
-		}
-	})
+	t.Run("a port that nobody listens on", func(t *testing.T) { tw.testClosedPort(t, vm.ID) })
 	t.Run("console", func(t *testing.T) { tw.testConsole(t, id) })
-	t.Run("logs", func(t *testing.T) {
-		for _, args := range [][]string{{"logs", id}, {"logs", id, "-f"}} {
-			cmd := tw.command(args...)
-			out, err := cmd.StdoutPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := cmd.Start(); err != nil {
-				t.Fatal(err)
-			}
-			if len(args) == 2 { // ends by itself
-				if text, err := io.ReadAll(out); err != nil || !strings.Contains(string(text), "Running job: build") {
-					t.Errorf("%q, %v", text, err)
-				}
-				if err := cmd.Wait(); err != nil {
-					t.Error(err)
-				}
-				continue
-			}
-			awaitText(t, out, "Running job: build")
-			_ = cmd.Process.Kill()
-			_ = cmd.Wait()
-		}
-	})
+	t.Run("logs", func(t *testing.T) { tw.testLogs(t, id) })
 	t.Run("ssh", func(t *testing.T) { tw.testSSH(t, id) })
-	t.Run("who may", func(t *testing.T) {
-		viewer := strings.TrimSpace(tw.run("token", "create", "eve", "--role", "viewer"))
-		e, err := parts.ReadEndpoint(filepath.Join(tw.dir, "data", parts.CLIFile))
-		if err != nil {
-			t.Fatal(err)
-		}
-		cmd := exec.CommandContext(t.Context(), tw.self, "--url", e.URL, "vm", "console", id)
-		cmd.Env = append(os.Environ(), "PADDOCK_TOKEN="+viewer, "PADDOCK_CERTIFICATE="+e.Certificate)
-		out, err := cmd.CombinedOutput()
-		if err == nil || !strings.Contains(string(out), "the role viewer may not do this (hint: it needs a token of the role operator or admin)") {
-			t.Errorf("%v: %s", err, out)
-		}
-	})
+	t.Run("who may", func(t *testing.T) { tw.testWhoMay(t, id) })
 	t.Run("the events say who", func(t *testing.T) {
 		events, err := tw.client().Events(t.Context(), api.EventFilter{VM: vm.ID})
 		if err != nil {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -188,106 +189,22 @@ func TestHealthyMac(t *testing.T) {
 	}
 }
 
+// finding is what one change of the cast makes one check say.
+type finding struct {
+	change func(*cast)
+	check  string
+	result Result
+	text   string // is in the finding's text
+}
+
 func TestChecks(t *testing.T) {
-	linux := func(c *cast) { c.Machine.OS, c.Machine.Arch, c.Node.Driver = "linux", "amd64", config.DriverProcess }
-	qemu := func(c *cast) { linux(c); c.Node.Driver = config.DriverQEMU }
-	many := ""
-	for i := range 240 {
-		many += strings.Replace(leases, "64.2", fmt.Sprintf("64.%d", i+1), 1)
+	cases := maps.Clone(driverFindings)
+	maps.Copy(cases, roomFindings)
+	maps.Copy(cases, networkFindings)
+	if want := len(driverFindings) + len(roomFindings) + len(networkFindings); len(cases) != want {
+		t.Errorf("%d cases have a name of their own, of %d", len(cases), want)
 	}
-	for name, c := range map[string]struct {
-		change func(*cast)
-		check  string
-		result Result
-		text   string // is in the finding's text
-	}{
-		"vz on Linux":          {func(c *cast) { c.Machine.OS = "linux" }, "driver", Fail, "Apple Silicon"},
-		"vz on Intel":          {func(c *cast) { c.Machine.Arch = "amd64" }, "driver", Fail, "darwin/amd64"},
-		"an old macOS":         {func(c *cast) { c.outputs["sw_vers -productVersion"] = "12.6\n" }, "driver", Fail, "needs 13"},
-		"no states yet":        {func(c *cast) { c.outputs["sw_vers -productVersion"] = "13.6\n" }, "driver", Warn, "saves no states"},
-		"no states wanted":     {func(c *cast) { c.outputs["sw_vers -productVersion"] = "13.6\n"; *c.Node.SavedStates = false }, "driver", OK, "13.6"},
-		"no sw_vers":           {func(c *cast) { delete(c.outputs, "sw_vers -productVersion") }, "driver", Skip, "not found"},
-		"odd sw_vers":          {func(c *cast) { c.outputs["sw_vers -productVersion"] = "Sequoia" }, "driver", Skip, "Sequoia"},
-		"process":              {linux, "driver", Warn, "without isolation"},
-		"another driver":       {func(c *cast) { c.Node.Driver = "xen" }, "driver", Fail, `"xen"`},
-		"no entitlement":       {func(c *cast) { c.outputs["codesign -d"] = "<dict></dict>" }, "entitlement", Fail, "not signed with"},
-		"entitlement is false": {func(c *cast) { c.outputs["codesign -d"] = "<key>com.apple.security.virtualization</key><false/>" }, "entitlement", Fail, "not signed with"},
-		"not signed": {func(c *cast) {
-			c.outputs["codesign -d"] = "code object is not signed at all"
-			c.failing["codesign -d"] = true
-		}, "entitlement", Fail, "not signed at all"},
-		"signature on Linux": {linux, "entitlement", Skip, "macOS only"},
-		"the keychain is locked": {func(c *cast) {
-			c.failing["security show-keychain-info"] = true
-			c.outputs["security show-keychain-info"] = "User interaction is not allowed."
-		}, "keychain", Fail, "not allowed"},
-		"a shell over SSH":          {func(c *cast) { c.outputs["launchctl managername"] = "Background\n" }, "keychain", Skip, "display session"},
-		"macOS 14 has no such rule": {func(c *cast) { c.outputs["sw_vers -productVersion"] = "14.4\n" }, "keychain", Skip, "does not ask"},
-		"nobody at the display":     {func(c *cast) { c.outputs["stat -f"] = "root\n" }, "display", Fail, "belongs to root"},
-		"display not known":         {func(c *cast) { c.failing["stat -f"] = true }, "display", Skip, "not known"},
-		"kvm not used":              {qemu, "kvm", Skip, "accel is tcg"},
-		"kvm wanted and missing": {func(c *cast) {
-			qemu(c)
-			c.Node.QEMU.Accel = "kvm"
-			c.Machine.KVM = func() error { return fs.ErrNotExist }
-		}, "kvm", Fail, "cannot be used"},
-		"kvm wanted and there":   {func(c *cast) { qemu(c); c.Node.QEMU.Accel = "kvm" }, "kvm", Warn, "not known before one has booted"},
-		"open directory":         {func(c *cast) { c.paths[""] = 0o755 }, "directory", Fail, "mode 0755"},
-		"another's directory":    {func(c *cast) { c.Machine.UID = 4711 }, "directory", Fail, "belongs to user"},
-		"images elsewhere":       {func(c *cast) { c.link("images", "/dev") }, "directory", Warn, "images of"},
-		"no directory":           {func(c *cast) { c.Node.Dir += "/none"; c.paths = map[string]fs.FileMode{} }, "directory", Skip, "not there yet"},
-		"no directory, no disk":  {func(c *cast) { c.Node.Dir += "/none"; c.paths = map[string]fs.FileMode{} }, "disk", Skip, "not there yet"},
-		"clones are copies":      {func(c *cast) { c.Machine.CanShare = func(string) (bool, error) { return false, nil } }, "clones", Warn, "copied"},
-		"directory is read only": {func(c *cast) { c.Machine.CanShare = func(string) (bool, error) { return false, fs.ErrPermission } }, "clones", Fail, "permission"},
-		"half a disk":            {func(c *cast) { c.Machine.Free = func(string) (int64, error) { return 79e9, nil } }, "disk", Warn, "79 GB left"},
-		"no disk":                {func(c *cast) { c.Machine.Free = func(string) (int64, error) { return 39e9, nil } }, "disk", Fail, "no VM is placed"},
-		"pools that grow less": {func(c *cast) {
-			c.Machine.Free = func(string) (int64, error) { return 39e9, nil }
-			c.Pools[0].Growth = 10e9
-		}, "disk", OK, "20 GB"},
-		"disk not known":            {func(c *cast) { c.Machine.Free = func(string) (int64, error) { return 0, errors.New("odd") } }, "disk", Skip, "odd"},
-		"slots over the memory":     {func(c *cast) { c.Node.Slots = 5 }, "memory", Warn, "do not fit"},
-		"one VM over it":            {func(c *cast) { c.Pools[1].Memory = 64e9 }, "memory", Fail, "does not fit at all"},
-		"no pools here":             {func(c *cast) { c.Pools = nil }, "memory", Skip, "no pool"},
-		"memory not known":          {func(c *cast) { c.Machine.Memory = 0 }, "memory", Skip, "not known"},
-		"few files":                 {func(c *cast) { c.Machine.Files = func() (uint64, error) { return 256, nil } }, "files", Warn, "256"},
-		"a long path":               {func(c *cast) { c.Node.Dir += strings.Repeat("/deep", 20); c.paths = map[string]fs.FileMode{} }, "sockets", Fail, "shorter"},
-		"a helper is gone":          {func(c *cast) { c.put("vms/cccccccc/helper.pid", "999") }, "machines", Warn, "cccccccc"},
-		"a number taken by another": {func(c *cast) { c.put("vms/cccccccc/helper.pid", "1") }, "machines", Warn, "cccccccc"},
-		"ended, not yet fetched":    {func(c *cast) { c.put("vms/cccccccc/result.json", "{}") }, "machines", OK, "run: 2"},
-		"a helper without a folder": {func(c *cast) { c.outputs["ps -axww"] += " 102 1 /usr/local/bin/paddock vm-helper\n" }, "machines", Warn, "helper 102"},
-		"another program's VM":      {func(c *cast) { c.outputs["ps -axww"] += " 202 1 /System/" + framework + "\n" }, "machines", Warn, "1 of Virtualization.framework"},
-		"a QEMU without a helper":   {func(c *cast) { qemu(c); c.outputs["ps -axww"] += " 300 1 /usr/bin/qemu-system-aarch64 -M virt\n" }, "machines", Warn, "QEMU 300"},
-		"a QEMU with one":           {func(c *cast) { qemu(c); c.outputs["ps -axww"] += " 300 100 qemu-system-x86_64 -M q35\n" }, "machines", OK, "run: 2"},
-		"no ps":                     {func(c *cast) { delete(c.outputs, "ps -axww") }, "machines", Skip, "not found"},
-		"a ps that says nothing":    {func(c *cast) { c.outputs["ps -axww"] = "PID\n" }, "machines", Skip, "lists nothing"},
-		"leases of a day":           {func(c *cast) { delete(c.files, sharing) }, "lease-time", Warn, "a day"},
-		"no lease time in it": {func(c *cast) {
-			c.failing["plutil -extract"] = true
-			c.outputs["plutil -extract"] = "Could not extract value, error: No value at that key path or invalid key path: bootpd"
-		}, "lease-time", Warn, "a day"},
-		"leases of eight hours":        {func(c *cast) { c.outputs["plutil -extract"] = "28800\n" }, "lease-time", Warn, "8h"},
-		"lease time of another kind":   {func(c *cast) { c.outputs["plutil -extract"] = "soon\n" }, "lease-time", Skip, "soon"},
-		"lease time not readable":      {func(c *cast) { c.files[sharing] = "denied" }, "lease-time", Skip, "permission"},
-		"no plutil":                    {func(c *cast) { delete(c.outputs, "plutil -extract") }, "lease-time", Skip, "not found"},
-		"no lease yet":                 {func(c *cast) { delete(c.files, vm.LeasesFile) }, "leases", OK, "no address"},
-		"hardly an address left":       {func(c *cast) { c.files[vm.LeasesFile] = many }, "leases", Fail, "240 of 253"},
-		"all ended":                    {func(c *cast) { c.files[vm.LeasesFile] = strings.ReplaceAll(many, "0xffffffff", "0x1") }, "leases", OK, "0 of 253"},
-		"leases not readable":          {func(c *cast) { c.files[vm.LeasesFile] = "denied" }, "leases", Skip, "permission"},
-		"not joined":                   {func(c *cast) { delete(c.paths, c.Credential) }, "credential", Fail, "not joined"},
-		"not joined, no controller":    {func(c *cast) { delete(c.paths, c.Credential) }, "controller", Skip, "not joined"},
-		"credential open to others":    {func(c *cast) { c.paths[c.Credential] = 0o644 }, "credential", Fail, "open to other users"},
-		"another node's credential":    {func(c *cast) { c.name = "mac-2" }, "credential", Fail, "node:mac-2"},
-		"a person's credential":        {func(c *cast) { c.role = access.Admin }, "credential", Fail, "admin:mac-1"},
-		"the credential ended":         {func(c *cast) { c.ends = -time.Hour }, "credential", Fail, "ended on"},
-		"the credential was forgotten": {func(c *cast) { c.ends = 48 * time.Hour }, "credential", Warn, "not renewed"},
-		"another certificate":          {func(c *cast) { c.hash = strings.Repeat("ab", 32) }, "controller", Fail, "another certificate"},
-		"no controller there":          {func(c *cast) { c.status = http.StatusBadGateway }, "controller", Fail, "502"},
-		"no clock without one":         {func(c *cast) { c.status = http.StatusBadGateway }, "clock", Skip, "did not answer"},
-		"the clock is slow":            {func(c *cast) { c.skew = 50 * time.Second }, "clock", Fail, "off the controller's"},
-		"the clock is fast":            {func(c *cast) { c.skew = -50 * time.Second }, "clock", Fail, "off the controller's"},
-		"the clock is nearly right":    {func(c *cast) { c.skew = 9 * time.Second }, "clock", OK, "off the controller's"},
-	} {
+	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {
 			cast := newCast(t)
 			c.change(cast)
@@ -297,6 +214,119 @@ func TestChecks(t *testing.T) {
 			}
 		})
 	}
+}
+
+// onLinux and onQEMU make another host of the cast.
+func onLinux(c *cast) {
+	c.Machine.OS, c.Machine.Arch, c.Node.Driver = "linux", "amd64", config.DriverProcess
+}
+func onQEMU(c *cast) { onLinux(c); c.Node.Driver = config.DriverQEMU }
+
+// manyLeases are 240 of the 253 that a network has.
+func manyLeases() string {
+	many := ""
+	for i := range 240 {
+		many += strings.Replace(leases, "64.2", fmt.Sprintf("64.%d", i+1), 1)
+	}
+	return many
+}
+
+// driverFindings are of whether VMs can start at all.
+var driverFindings = map[string]finding{
+	"vz on Linux":          {func(c *cast) { c.Machine.OS = "linux" }, "driver", Fail, "Apple Silicon"},
+	"vz on Intel":          {func(c *cast) { c.Machine.Arch = "amd64" }, "driver", Fail, "darwin/amd64"},
+	"an old macOS":         {func(c *cast) { c.outputs["sw_vers -productVersion"] = "12.6\n" }, "driver", Fail, "needs 13"},
+	"no states yet":        {func(c *cast) { c.outputs["sw_vers -productVersion"] = "13.6\n" }, "driver", Warn, "saves no states"},
+	"no states wanted":     {func(c *cast) { c.outputs["sw_vers -productVersion"] = "13.6\n"; *c.Node.SavedStates = false }, "driver", OK, "13.6"},
+	"no sw_vers":           {func(c *cast) { delete(c.outputs, "sw_vers -productVersion") }, "driver", Skip, "not found"},
+	"odd sw_vers":          {func(c *cast) { c.outputs["sw_vers -productVersion"] = "Sequoia" }, "driver", Skip, "Sequoia"},
+	"process":              {onLinux, "driver", Warn, "without isolation"},
+	"another driver":       {func(c *cast) { c.Node.Driver = "xen" }, "driver", Fail, `"xen"`},
+	"no entitlement":       {func(c *cast) { c.outputs["codesign -d"] = "<dict></dict>" }, "entitlement", Fail, "not signed with"},
+	"entitlement is false": {func(c *cast) { c.outputs["codesign -d"] = "<key>com.apple.security.virtualization</key><false/>" }, "entitlement", Fail, "not signed with"},
+	"not signed": {func(c *cast) {
+		c.outputs["codesign -d"] = "code object is not signed at all"
+		c.failing["codesign -d"] = true
+	}, "entitlement", Fail, "not signed at all"},
+	"signature on Linux": {onLinux, "entitlement", Skip, "macOS only"},
+	"the keychain is locked": {func(c *cast) {
+		c.failing["security show-keychain-info"] = true
+		c.outputs["security show-keychain-info"] = "User interaction is not allowed."
+	}, "keychain", Fail, "not allowed"},
+	"a shell over SSH":          {func(c *cast) { c.outputs["launchctl managername"] = "Background\n" }, "keychain", Skip, "display session"},
+	"macOS 14 has no such rule": {func(c *cast) { c.outputs["sw_vers -productVersion"] = "14.4\n" }, "keychain", Skip, "does not ask"},
+	"nobody at the display":     {func(c *cast) { c.outputs["stat -f"] = "root\n" }, "display", Fail, "belongs to root"},
+	"display not known":         {func(c *cast) { c.failing["stat -f"] = true }, "display", Skip, "not known"},
+	"kvm not used":              {onQEMU, "kvm", Skip, "accel is tcg"},
+	"kvm wanted and missing": {func(c *cast) {
+		onQEMU(c)
+		c.Node.QEMU.Accel = "kvm"
+		c.Machine.KVM = func() error { return fs.ErrNotExist }
+	}, "kvm", Fail, "cannot be used"},
+	"kvm wanted and there": {func(c *cast) { onQEMU(c); c.Node.QEMU.Accel = "kvm" }, "kvm", Warn, "not known before one has booted"},
+}
+
+// roomFindings are of whether they fit.
+var roomFindings = map[string]finding{
+	"open directory":         {func(c *cast) { c.paths[""] = 0o755 }, "directory", Fail, "mode 0755"},
+	"another's directory":    {func(c *cast) { c.Machine.UID = 4711 }, "directory", Fail, "belongs to user"},
+	"images elsewhere":       {func(c *cast) { c.link("images", "/dev") }, "directory", Warn, "images of"},
+	"no directory":           {func(c *cast) { c.Node.Dir += "/none"; c.paths = map[string]fs.FileMode{} }, "directory", Skip, "not there yet"},
+	"no directory, no disk":  {func(c *cast) { c.Node.Dir += "/none"; c.paths = map[string]fs.FileMode{} }, "disk", Skip, "not there yet"},
+	"clones are copies":      {func(c *cast) { c.Machine.CanShare = func(string) (bool, error) { return false, nil } }, "clones", Warn, "copied"},
+	"directory is read only": {func(c *cast) { c.Machine.CanShare = func(string) (bool, error) { return false, fs.ErrPermission } }, "clones", Fail, "permission"},
+	"half a disk":            {func(c *cast) { c.Machine.Free = func(string) (int64, error) { return 79e9, nil } }, "disk", Warn, "79 GB left"},
+	"no disk":                {func(c *cast) { c.Machine.Free = func(string) (int64, error) { return 39e9, nil } }, "disk", Fail, "no VM is placed"},
+	"pools that grow less": {func(c *cast) {
+		c.Machine.Free = func(string) (int64, error) { return 39e9, nil }
+		c.Pools[0].Growth = 10e9
+	}, "disk", OK, "20 GB"},
+	"disk not known":            {func(c *cast) { c.Machine.Free = func(string) (int64, error) { return 0, errors.New("odd") } }, "disk", Skip, "odd"},
+	"slots over the memory":     {func(c *cast) { c.Node.Slots = 5 }, "memory", Warn, "do not fit"},
+	"one VM over it":            {func(c *cast) { c.Pools[1].Memory = 64e9 }, "memory", Fail, "does not fit at all"},
+	"no pools here":             {func(c *cast) { c.Pools = nil }, "memory", Skip, "no pool"},
+	"memory not known":          {func(c *cast) { c.Machine.Memory = 0 }, "memory", Skip, "not known"},
+	"few files":                 {func(c *cast) { c.Machine.Files = func() (uint64, error) { return 256, nil } }, "files", Warn, "256"},
+	"a long path":               {func(c *cast) { c.Node.Dir += strings.Repeat("/deep", 20); c.paths = map[string]fs.FileMode{} }, "sockets", Fail, "shorter"},
+	"a helper is gone":          {func(c *cast) { c.put("vms/cccccccc/helper.pid", "999") }, "machines", Warn, "cccccccc"},
+	"a number taken by another": {func(c *cast) { c.put("vms/cccccccc/helper.pid", "1") }, "machines", Warn, "cccccccc"},
+	"ended, not yet fetched":    {func(c *cast) { c.put("vms/cccccccc/result.json", "{}") }, "machines", OK, "run: 2"},
+	"a helper without a folder": {func(c *cast) { c.outputs["ps -axww"] += " 102 1 /usr/local/bin/paddock vm-helper\n" }, "machines", Warn, "helper 102"},
+	"another program's VM":      {func(c *cast) { c.outputs["ps -axww"] += " 202 1 /System/" + framework + "\n" }, "machines", Warn, "1 of Virtualization.framework"},
+	"a QEMU without a helper":   {func(c *cast) { onQEMU(c); c.outputs["ps -axww"] += " 300 1 /usr/bin/qemu-system-aarch64 -M virt\n" }, "machines", Warn, "QEMU 300"},
+	"a QEMU with one":           {func(c *cast) { onQEMU(c); c.outputs["ps -axww"] += " 300 100 qemu-system-x86_64 -M q35\n" }, "machines", OK, "run: 2"},
+	"no ps":                     {func(c *cast) { delete(c.outputs, "ps -axww") }, "machines", Skip, "not found"},
+	"a ps that says nothing":    {func(c *cast) { c.outputs["ps -axww"] = "PID\n" }, "machines", Skip, "lists nothing"},
+}
+
+// networkFindings are of whether guests and the controller are reached.
+var networkFindings = map[string]finding{
+	"leases of a day": {func(c *cast) { delete(c.files, sharing) }, "lease-time", Warn, "a day"},
+	"no lease time in it": {func(c *cast) {
+		c.failing["plutil -extract"] = true
+		c.outputs["plutil -extract"] = "Could not extract value, error: No value at that key path or invalid key path: bootpd"
+	}, "lease-time", Warn, "a day"},
+	"leases of eight hours":        {func(c *cast) { c.outputs["plutil -extract"] = "28800\n" }, "lease-time", Warn, "8h"},
+	"lease time of another kind":   {func(c *cast) { c.outputs["plutil -extract"] = "soon\n" }, "lease-time", Skip, "soon"},
+	"lease time not readable":      {func(c *cast) { c.files[sharing] = "denied" }, "lease-time", Skip, "permission"},
+	"no plutil":                    {func(c *cast) { delete(c.outputs, "plutil -extract") }, "lease-time", Skip, "not found"},
+	"no lease yet":                 {func(c *cast) { delete(c.files, vm.LeasesFile) }, "leases", OK, "no address"},
+	"hardly an address left":       {func(c *cast) { c.files[vm.LeasesFile] = manyLeases() }, "leases", Fail, "240 of 253"},
+	"all ended":                    {func(c *cast) { c.files[vm.LeasesFile] = strings.ReplaceAll(manyLeases(), "0xffffffff", "0x1") }, "leases", OK, "0 of 253"},
+	"leases not readable":          {func(c *cast) { c.files[vm.LeasesFile] = "denied" }, "leases", Skip, "permission"},
+	"not joined":                   {func(c *cast) { delete(c.paths, c.Credential) }, "credential", Fail, "not joined"},
+	"not joined, no controller":    {func(c *cast) { delete(c.paths, c.Credential) }, "controller", Skip, "not joined"},
+	"credential open to others":    {func(c *cast) { c.paths[c.Credential] = 0o644 }, "credential", Fail, "open to other users"},
+	"another node's credential":    {func(c *cast) { c.name = "mac-2" }, "credential", Fail, "node:mac-2"},
+	"a person's credential":        {func(c *cast) { c.role = access.Admin }, "credential", Fail, "admin:mac-1"},
+	"the credential ended":         {func(c *cast) { c.ends = -time.Hour }, "credential", Fail, "ended on"},
+	"the credential was forgotten": {func(c *cast) { c.ends = 48 * time.Hour }, "credential", Warn, "not renewed"},
+	"another certificate":          {func(c *cast) { c.hash = strings.Repeat("ab", 32) }, "controller", Fail, "another certificate"},
+	"no controller there":          {func(c *cast) { c.status = http.StatusBadGateway }, "controller", Fail, "502"},
+	"no clock without one":         {func(c *cast) { c.status = http.StatusBadGateway }, "clock", Skip, "did not answer"},
+	"the clock is slow":            {func(c *cast) { c.skew = 50 * time.Second }, "clock", Fail, "off the controller's"},
+	"the clock is fast":            {func(c *cast) { c.skew = -50 * time.Second }, "clock", Fail, "off the controller's"},
+	"the clock is nearly right":    {func(c *cast) { c.skew = 9 * time.Second }, "clock", OK, "off the controller's"},
 }
 
 func TestRoot(t *testing.T) {

@@ -57,8 +57,7 @@ type Config struct {
 // Guest is a way into a guest: *guest.Client and *ssh.Client are.
 type Guest interface {
 	Hello(ctx context.Context) (guest.Hello, error)
-	Start(ctx context.Context, r guest.Run) error
-	Watch(ctx context.Context, changed func(guest.Status)) (guest.Status, error)
+	Exec(ctx context.Context, c guest.Command, output func(guest.Stream, []byte)) (exit int, err error)
 	Close() error
 }
 
@@ -139,6 +138,11 @@ func Run(ctx context.Context, c Config) (results []Result, err error) {
 		tell(r)
 	}
 	return results, nil
+}
+
+// NotBegun is the result of a trial of which nothing could be tried.
+func NotBegun(err error) Result {
+	return Result{Step: "begin", Outcome: Failed, Detail: oneLine(err), Advice: "nothing was tried: mend this, or what the host's checks above say, and try again"}
 }
 
 // run tries one step.

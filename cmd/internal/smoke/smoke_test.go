@@ -133,7 +133,7 @@ func newBed(t *testing.T) (*bed, Config) {
 	}
 }
 
-// plain is a guest as SSH shows it: it runs one program and has no other verbs.
+// plain is a guest as SSH shows it: it runs programs and has no other verbs.
 type plain struct{ Guest }
 
 func open(ctx context.Context, m vm.Machine) (Guest, error) {
@@ -200,115 +200,7 @@ func TestAllIsWell(t *testing.T) {
 // Each fault is planted alone. Its step must fail, what stands on it must be skipped for
 // that reason, and nothing may be left.
 func TestPlantedFaults(t *testing.T) {
-	for _, p := range []struct {
-		name    string
-		plant   func(*bed, *Config)
-		failed  string // the step
-		detail  string
-		advice  string
-		skipped []string
-	}{
-		{
-			"no boot", func(b *bed, _ *Config) {
-				b.bootErr = func(vm.Spec) error {
-					return &vm.BootError{Console: "panic: no root", Err: errors.New("it stopped")}
-				}
-			}, "boot", "panic: no root", "read its console", []string{"answer", "command", "save", "resume", "fill the host", "destroy", "boot again"},
-		}, {
-			"a leaked slot", func(b *bed, _ *Config) { b.bootErr = func(vm.Spec) error { return vm.ErrAtCapacity } },
-			"boot", "no free machine slot", "reboot the host", []string{"answer"},
-		}, {
-			"no answer", func(b *bed, c *Config) {
-				c.Patience = 2 * time.Second
-				b.dial = func(ctx context.Context) (net.Conn, error) { <-ctx.Done(); return nil, ctx.Err() }
-				b.afterBoot = func(s vm.Spec) {
-					_ = os.WriteFile(filepath.Join(s.Dir, vm.ConsoleFile), []byte(strings.Repeat("booting\n", 999)+"kernel panic"), 0o600)
-				}
-			}, "answer", "not within 2s: reaching the guest: context deadline exceeded; its console ends: ", "does the guest boot", []string{"command", "clock", "save", "resume"},
-		}, {
-			"no clone", func(_ *bed, c *Config) {
-				c.Clone = func(context.Context, string, string) error { return errors.New("the volume is full") }
-			}, "clone", "the volume is full", "have room", []string{"boot", "leftovers"},
-		}, {
-			"two addresses", func(b *bed, c *Config) {
-				c.Open = func(ctx context.Context, m vm.Machine) (Guest, error) {
-					g, err := open(ctx, m)
-					return addressed{g}, err
-				}
-				b.address = "192.168.64.9"
-			}, "host's address", "the guest 192.168.64.2", "lease", nil,
-		}, {
-			"a port that says nothing", func(b *bed, _ *Config) { _ = b.ssh.Close() },
-			"port 22", "refused", "Local Network", nil,
-		}, {
-			"room for one only", func(b *bed, _ *Config) {
-				b.bootErr = func(s vm.Spec) error {
-					if strings.HasPrefix(string(s.ID), beside) {
-						return vm.ErrAtCapacity
-					}
-					return nil
-				}
-			}, "fill the host", "machine 2 of 2", "reboot the host", []string{"one too many", "destroy the others"},
-		}, {
-			"no limit", func(_ *bed, c *Config) { c.Slots = 1 },
-			"one too many", "machine 2 of 1 boots", "limit is not seen", nil,
-		}, {
-			"another error than the limit's", func(b *bed, _ *Config) {
-				b.bootErr = func(s vm.Spec) error {
-					if s.ID == surplus {
-						return errors.New("code 6")
-					}
-					return nil
-				}
-			}, "one too many", "not for want of a slot: code 6", "broken image", nil,
-		}, {
-			"no state", func(b *bed, _ *Config) { b.saveErr = errors.New("disk full") },
-			"save", "disk full", "start cold", []string{"answer after saving", "resume", "wake", "destroy the resumed"},
-		}, {
-			"a broken state", func(b *bed, c *Config) {
-				b.bootErr = func(s vm.Spec) error {
-					if s.State != "" {
-						return errors.Join(vm.ErrState, os.Remove(filepath.Join(s.State, "memory")))
-					}
-					return nil
-				}
-			}, "resume", "cannot be started from", "fall back", []string{"wake", "destroy the resumed"},
-		}, {
-			"no end", func(b *bed, _ *Config) { b.destroy = errors.New("it hangs") },
-			"destroy", "it hangs", "reboot", []string{"resume", "boot again"},
-		}, {
-			"a socket is left", func(b *bed, _ *Config) {
-				b.afterBoot = func(s vm.Spec) {
-					if s.ID == first {
-						l, err := (&net.ListenConfig{}).Listen(context.Background(), "unix", filepath.Join(s.Dir, "odd.sock"))
-						if err == nil {
-							l.(*net.UnixListener).SetUnlinkOnClose(false)
-							_ = l.Close()
-						}
-					}
-				}
-			}, "destroy", "odd.sock", "reboot", []string{"resume"},
-		}, {
-			"a process is left", func(_ *bed, c *Config) {
-				asked := 0
-				c.Left = func(context.Context) ([]string, error) { asked++; return []string{fmt.Sprint("process ", asked)}, nil }
-			}, "leftovers", "process ", "send this report", nil,
-		}, {
-			"a command that fails", func(_ *bed, c *Config) {
-				c.Open = func(ctx context.Context, m vm.Machine) (Guest, error) {
-					g, err := open(ctx, m)
-					return failing{g}, err
-				}
-			}, "command", "status 3", "by hand", []string{"clock"},
-		}, {
-			"a clock of another day", func(_ *bed, c *Config) {
-				c.Open = func(ctx context.Context, m vm.Machine) (Guest, error) {
-					g, err := open(ctx, m)
-					return late{g}, err
-				}
-			}, "clock", "off the host's", "time service", nil,
-		},
-	} {
+	for _, p := range slices.Concat(startFaults, roomFaults, endFaults) {
 		t.Run(p.name, func(t *testing.T) {
 			b, c := newBed(t)
 			p.plant(b, &c)
@@ -324,6 +216,130 @@ func TestPlantedFaults(t *testing.T) {
 			}
 		})
 	}
+}
+
+// fault is one that is planted.
+type fault struct {
+	name    string
+	plant   func(*bed, *Config)
+	failed  string // the step
+	detail  string
+	advice  string
+	skipped []string
+}
+
+// Of a machine's start and its network.
+var startFaults = []fault{
+	{
+		"no boot", func(b *bed, _ *Config) {
+			b.bootErr = func(vm.Spec) error {
+				return &vm.BootError{Console: "panic: no root", Err: errors.New("it stopped")}
+			}
+		}, "boot", "panic: no root", "read its console", []string{"answer", "command", "save", "resume", "fill the host", "destroy", "boot again"},
+	}, {
+		"a leaked slot", func(b *bed, _ *Config) { b.bootErr = func(vm.Spec) error { return vm.ErrAtCapacity } },
+		"boot", "no free machine slot", "reboot the host", []string{"answer"},
+	}, {
+		"no answer", func(b *bed, c *Config) {
+			c.Patience = 2 * time.Second
+			b.dial = func(ctx context.Context) (net.Conn, error) { <-ctx.Done(); return nil, ctx.Err() }
+			b.afterBoot = func(s vm.Spec) {
+				_ = os.WriteFile(filepath.Join(s.Dir, vm.ConsoleFile), []byte(strings.Repeat("booting\n", 999)+"kernel panic"), 0o600)
+			}
+		}, "answer", "not within 2s: reaching the guest: context deadline exceeded; its console ends: ", "does the guest boot", []string{"command", "clock", "save", "resume"},
+	}, {
+		"no clone", func(_ *bed, c *Config) {
+			c.Clone = func(context.Context, string, string) error { return errors.New("the volume is full") }
+		}, "clone", "the volume is full", "have room", []string{"boot", "leftovers"},
+	}, {
+		"two addresses", func(b *bed, c *Config) {
+			c.Open = func(ctx context.Context, m vm.Machine) (Guest, error) {
+				g, err := open(ctx, m)
+				return addressed{g}, err
+			}
+			b.address = "192.168.64.9"
+		}, "host's address", "the guest 192.168.64.2", "lease", nil,
+	},
+}
+
+// Of the room for machines, and of its port.
+var roomFaults = []fault{
+	{
+		"a port that says nothing", func(b *bed, _ *Config) { _ = b.ssh.Close() },
+		"port 22", "refused", "Local Network", nil,
+	}, {
+		"room for one only", func(b *bed, _ *Config) {
+			b.bootErr = func(s vm.Spec) error {
+				if strings.HasPrefix(string(s.ID), beside) {
+					return vm.ErrAtCapacity
+				}
+				return nil
+			}
+		}, "fill the host", "machine 2 of 2", "reboot the host", []string{"one too many", "destroy the others"},
+	}, {
+		"no limit", func(_ *bed, c *Config) { c.Slots = 1 },
+		"one too many", "machine 2 of 1 boots", "limit is not seen", nil,
+	}, {
+		"another error than the limit's", func(b *bed, _ *Config) {
+			b.bootErr = func(s vm.Spec) error {
+				if s.ID == surplus {
+					return errors.New("code 6")
+				}
+				return nil
+			}
+		}, "one too many", "not for want of a slot: code 6", "broken image", nil,
+	},
+}
+
+// Of states and of what machines leave.
+var endFaults = []fault{
+	{
+		"no state", func(b *bed, _ *Config) { b.saveErr = errors.New("disk full") },
+		"save", "disk full", "start cold", []string{"answer after saving", "resume", "wake", "destroy the resumed"},
+	}, {
+		"a broken state", func(b *bed, c *Config) {
+			b.bootErr = func(s vm.Spec) error {
+				if s.State != "" {
+					return errors.Join(vm.ErrState, os.Remove(filepath.Join(s.State, "memory")))
+				}
+				return nil
+			}
+		}, "resume", "cannot be started from", "fall back", []string{"wake", "destroy the resumed"},
+	}, {
+		"no end", func(b *bed, _ *Config) { b.destroy = errors.New("it hangs") },
+		"destroy", "it hangs", "reboot", []string{"resume", "boot again"},
+	}, {
+		"a socket is left", func(b *bed, _ *Config) {
+			b.afterBoot = func(s vm.Spec) {
+				if s.ID == first {
+					l, err := (&net.ListenConfig{}).Listen(context.Background(), "unix", filepath.Join(s.Dir, "odd.sock"))
+					if err == nil {
+						l.(*net.UnixListener).SetUnlinkOnClose(false)
+						_ = l.Close()
+					}
+				}
+			}
+		}, "destroy", "odd.sock", "reboot", []string{"resume"},
+	}, {
+		"a process is left", func(_ *bed, c *Config) {
+			asked := 0
+			c.Left = func(context.Context) ([]string, error) { asked++; return []string{fmt.Sprint("process ", asked)}, nil }
+		}, "leftovers", "process ", "send this report", nil,
+	}, {
+		"a command that fails", func(_ *bed, c *Config) {
+			c.Open = func(ctx context.Context, m vm.Machine) (Guest, error) {
+				g, err := open(ctx, m)
+				return failing{g}, err
+			}
+		}, "command", "status 3", "by hand", []string{"clock"},
+	}, {
+		"a clock of another day", func(_ *bed, c *Config) {
+			c.Open = func(ctx context.Context, m vm.Machine) (Guest, error) {
+				g, err := open(ctx, m)
+				return late{g}, err
+			}
+		}, "clock", "off the host's", "time service", nil,
+	},
 }
 
 type addressed struct{ Guest }

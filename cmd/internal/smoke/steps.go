@@ -68,11 +68,6 @@ func answer(name string) func(context.Context, *trial) (string, error) {
 	}
 }
 
-// executor is a guest that runs commands beside the runner; by SSH there is one run only.
-type executor interface {
-	Exec(ctx context.Context, c guest.Command, output func(guest.Stream, []byte)) (int, error)
-}
-
 // script asks for what a report needs, and for the guest's clock in seconds at its end.
 // It is the same on macOS and Linux.
 const script = "uname -srm && date -u +%s"
@@ -98,43 +93,25 @@ func command(ctx context.Context, t *trial) (string, error) {
 func execute(ctx context.Context, g Guest, argv ...string) (string, error) {
 	const most = 4 << 10 // bytes kept; a guest may print without end
 	var out strings.Builder
-	exit, said := 0, ""
-	if e, ok := g.(executor); ok {
-		var err error
-		exit, err = e.Exec(ctx, guest.Command{Argv: argv}, func(_ guest.Stream, p []byte) {
-			out.Write(p[:min(len(p), most-out.Len())])
-		})
-		if err != nil {
-			return "", err
-		}
-		said = out.String()
-	} else {
-		if err := g.Start(ctx, guest.Run{Name: "smoke", Argv: argv}); err != nil {
-			return "", err
-		}
-		status, err := g.Watch(ctx, nil)
-		if err != nil {
-			return "", err
-		}
-		exit, said = status.ExitCode, status.Tail
+	exit, err := g.Exec(ctx, guest.Command{Argv: argv}, func(_ guest.Stream, p []byte) {
+		out.Write(p[:min(len(p), most-out.Len())])
+	})
+	if err != nil {
+		return "", err
 	}
 	if exit != 0 {
-		return "", fmt.Errorf("%q ended with status %d: %q", strings.Join(argv, " "), exit, said)
+		return "", fmt.Errorf("%q ended with status %d: %q", strings.Join(argv, " "), exit, out.String())
 	}
-	return said, nil
+	return out.String(), nil
 }
 
-// clock compares the guest's clock with the host's. Where commands cannot be run twice,
-// only that of the first machine is known.
+// clock compares the guest's clock with the host's.
 func clock(name string) func(context.Context, *trial) (string, error) {
 	const most = 10 * time.Second // a certificate's or a token's usual tolerance is above that
 	return func(ctx context.Context, t *trial) (string, error) {
 		off := t.skew
-		if name != first {
+		if name != first { // the first one's was told by its command
 			err := t.with(ctx, name, func(g Guest) error {
-				if _, ok := g.(executor); !ok {
-					return skip{"only Paddock's agent runs a second command"}
-				}
 				asked := time.Now()
 				said, err := execute(ctx, g, "date", "-u", "+%s")
 				if err == nil {
