@@ -90,6 +90,21 @@ func (c *Client) hand(r guest.Run) error {
 
 func (c *Client) order() string { return filepath.Join(inDir(c.dir), "run") }
 
+// settle takes the order back once the launcher has it: an agent that was killed while it
+// waited for that could not. It costs a look at two directories where nothing is left.
+func (c *Client) settle(r report) error {
+	if !r.started() {
+		return nil
+	}
+	_, err := os.Lstat(c.order())
+	if left, _ := filepath.Glob(c.parts()); errors.Is(err, fs.ErrNotExist) && len(left) == 0 {
+		return nil
+	}
+	return c.takeBack()
+}
+
+func (c *Client) parts() string { return filepath.Join(c.dir, "run.*") }
+
 // takeBack removes the order, with the JIT config: first from the guest's sight, then
 // from the disk. Parts that a killed agent left go as well.
 func (c *Client) takeBack() error {
@@ -100,7 +115,7 @@ func (c *Client) takeBack() error {
 			err = nil
 		}
 	}
-	if left, globErr := filepath.Glob(filepath.Join(c.dir, "run.*")); globErr == nil {
+	if left, globErr := filepath.Glob(c.parts()); globErr == nil {
 		for _, l := range left {
 			err = errors.Join(err, os.RemoveAll(l))
 		}

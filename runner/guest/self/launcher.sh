@@ -8,6 +8,7 @@
 #   PADDOCK_RUNNER_DIR   where GitHub's runner is; default ~/actions-runner
 #
 # What the runner prints goes to this script's own output.
+mask=$(umask) # is the runner's
 umask 077
 unset CDPATH
 case $(uname -s) in
@@ -71,6 +72,7 @@ listen() {
 	printf '%s' "$jitconfig" 2>/dev/null | (
 		unset jitconfig
 		[ ! -d "$runner" ] || cd "$runner" || exit 126
+		umask "$mask"
 		eval "$environment$newline$command"
 		exec "$@" 2>&1
 	)

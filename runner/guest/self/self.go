@@ -10,8 +10,9 @@
 //
 // The guest sees in/ read-only as the share paddock-in, and out/ as paddock-out; on macOS
 // both are below "/Volumes/My Shared Files". in/run appears as a whole, by a rename, and
-// goes as soon as the launcher says running, and in any case when Start returns: the JIT
-// config lies on the host's disk for that moment, readable by its user only.
+// goes as soon as the launcher says running, and in any case when Start returns, or when the
+// next agent looks if one was killed there: the JIT config lies on the host's disk for that
+// moment, readable by its user only.
 //
 // The directory above both has mode 0700, so that nobody else on the host comes near. In
 // it all has the host user's uid. macOS guests do not look at owners on such a share;
@@ -110,6 +111,9 @@ func (c *Client) Hello(ctx context.Context) (guest.Hello, error) {
 		if err != nil {
 			return guest.Hello{}, fmt.Errorf("hello: %w", err)
 		}
+		if err := c.settle(r); err != nil {
+			return guest.Hello{}, fmt.Errorf("hello: %w", err)
+		}
 		if r.ready {
 			return guest.Hello{Protocol: guest.Protocol, Version: r.version, Status: r.status}, nil
 		}
@@ -173,6 +177,9 @@ func (c *Client) Watch(ctx context.Context, changed func(guest.Status)) (guest.S
 	for {
 		r, err := c.look()
 		if err != nil {
+			return guest.Status{}, fmt.Errorf("watching the runner: %w", err)
+		}
+		if err := c.settle(r); err != nil {
 			return guest.Status{}, fmt.Errorf("watching the runner: %w", err)
 		}
 		// A guest that takes a word back changes nothing.

@@ -6,13 +6,11 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -45,12 +43,16 @@ func newMachine(t *testing.T) *machine {
 	return m
 }
 
+// jobMask is the umask under which the launcher is started, and jobs should run.
+const jobMask = "0027"
+
 // boot runs the launcher, in a process group of its own, by the shell that is named.
 func (m *machine) boot(t *testing.T, shell ...string) {
 	t.Helper()
 	script := filepath.Join(t.TempDir(), "launcher.sh")
 	must(t, os.WriteFile(script, []byte(LauncherScript), 0o755))
-	m.cmd = exec.CommandContext(context.WithoutCancel(t.Context()), shell[0], append(shell[1:], script)...)
+	words := append([]string{"-c", "umask " + jobMask + `; exec "$@"`, "sh"}, append(shell, script)...)
+	m.cmd = exec.CommandContext(context.WithoutCancel(t.Context()), "/bin/sh", words...)
 	m.cmd.Env = []string{"HOME=" + m.home, "PATH=" + os.Getenv("PATH"),
 		"PADDOCK_IN=" + filepath.Join(m.dir, "in"), "PADDOCK_OUT=" + filepath.Join(m.dir, "out")}
 	m.cmd.Stdout, m.cmd.Stderr = &m.out, &m.out
@@ -91,6 +93,7 @@ func (m *machine) secrets(text string) (places []string) {
 // standIn is a runner that prints what GitHub's prints, and waits for the test by files.
 const standIn = `#!/bin/sh
 cat >"$HOME/input.part" && mv "$HOME/input.part" "$HOME/input"
+umask >"$HOME/mask"
 echo "√ Connected to GitHub"
 until [ -e "$HOME/job" ]; do sleep 0.05; done
 echo "2026-01-02 03:04:06Z: Running job: build (arm64)"
@@ -141,6 +144,9 @@ func TestLife(t *testing.T) {
 			must(t, m.client.Start(ctx, run)) // also after its end
 			if got, _ := os.ReadFile(filepath.Join(m.home, "input")); string(got) != "c2VjcmV0" {
 				t.Errorf("the runner's input: %q", got)
+			}
+			if got, _ := os.ReadFile(filepath.Join(m.home, "mask")); string(got) != jobMask+"\n" {
+				t.Errorf("the runner's umask: %q, want %s", got, jobMask)
 			}
 			if got, _ := os.ReadFile(filepath.Join(m.home, "greeting")); string(got) != "it's $HOME\n" {
 				t.Errorf("the runner's environment: %q", got)
@@ -240,98 +246,6 @@ func TestRestart(t *testing.T) {
 	m.boot(t, "/bin/sh")
 	if last := watch(bounded(t), again).end(t); last.ExitCode != 137 {
 		t.Errorf("its end: %+v", last)
-	}
-}
-
-// TestHostileShare: nothing in out/ makes a call hang, or read what it should not.
-func TestHostileShare(t *testing.T) {
-	secret := filepath.Join(t.TempDir(), "secret")
-	must(t, os.WriteFile(secret, []byte("running\nexited 0\n"), 0o600))
-	for _, test := range []struct {
-		name string
-		make func(path string) error
-		says string
-	}{
-		{"a directory", func(p string) error { return os.Mkdir(p, 0o700) }, "plain file"},
-		{"a pipe", func(p string) error { return syscall.Mkfifo(p, 0o600) }, "plain file"},
-		{"a link to a file of the host's", func(p string) error { return os.Symlink(secret, p) }, "plain file"},
-		{"a link to nothing", func(p string) error { return os.Symlink("nothing", p) }, "plain file"},
-		{"a socket", func(p string) error {
-			fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
-			if err != nil {
-				return err
-			}
-			defer syscall.Close(fd)
-			return syscall.Bind(fd, &syscall.SockaddrUnix{Name: p})
-		}, "plain file"},
-		{"an endless file", func(p string) error {
-			if err := os.WriteFile(p, nil, 0o600); err != nil {
-				return err
-			}
-			return os.Truncate(p, 1<<40)
-		}, "bytes in"},
-		{"many files", func(p string) error {
-			for i := range maxEntries + 1 {
-				if err := os.WriteFile(fmt.Sprintf("%s.%d", p, i), nil, 0o600); err != nil {
-					return err
-				}
-			}
-			return nil
-		}, "more than"},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			m := newMachine(t)
-			must(t, test.make(filepath.Join(m.dir, "out", "status")))
-			_, hello := m.client.Hello(bounded(t))
-			_, watch := m.client.Watch(bounded(t), nil)
-			start := m.client.Start(bounded(t), guest.Run{Name: "r", Input: []byte("c2VjcmV0")})
-			for _, err := range []error{hello, watch, start} {
-				if !errors.Is(err, errOut) || !strings.Contains(err.Error(), test.says) {
-					t.Errorf("%v; want %q", err, test.says)
-				}
-			}
-			if places := m.secrets("c2VjcmV0"); len(places) > 0 {
-				t.Errorf("the JIT config is in %q", places)
-			}
-		})
-	}
-}
-
-// TestSwapped: the guest changes what the status is all the time, while it is read.
-func TestSwapped(t *testing.T) {
-	m := newMachine(t)
-	secret := filepath.Join(t.TempDir(), "secret")
-	must(t, os.WriteFile(secret, []byte("exited 77\n"), 0o600))
-	path := filepath.Join(m.dir, "out", "status")
-	stop := make(chan struct{})
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-			}
-			_ = os.WriteFile(path+".a", []byte("ready\n"), 0o600)
-			_ = os.Rename(path+".a", path)
-			_ = syscall.Mkfifo(path+".b", 0o600)
-			_ = os.Rename(path+".b", path)
-			_ = os.Symlink(secret, path+".c")
-			_ = os.Rename(path+".c", path)
-		}
-	})
-	ready := 0
-	for range 3000 {
-		if r, err := m.client.look(); err == nil && r.ready {
-			ready++
-		} else if r.status.State == guest.Exited {
-			t.Fatal("a link was followed")
-		}
-	}
-	close(stop)
-	wg.Wait()
-	if ready == 0 {
-		t.Error("the plain file was never read: this test shows nothing")
 	}
 }
 
