@@ -39,6 +39,7 @@ type stable struct {
 	api      string // its URL, as this host reaches it
 	registry *registrytest.Registry
 	nodes    map[string]*process
+	env      []string // added to the environment of what is started from now on
 }
 
 // pool is how a stable's one pool differs from test to test.
@@ -102,10 +103,16 @@ pools:%[6]s
 	s.start("controller")
 	s.await("the controller", 30*time.Second, func() error { _, err := s.try("nodes", "list"); return err })
 	for _, name := range nodes {
-		token := s.run("token", "create", "--node", name)
-		s.run("node", "join", strings.TrimSpace(token), "--name", name, "--dir", filepath.Join(s.dir, name))
-		s.startNode(name)
+		s.join(name)
 	}
+}
+
+// join has a new node join, and starts it.
+func (s *stable) join(name string) {
+	s.t.Helper()
+	token := s.run("token", "create", "--node", name)
+	s.run("node", "join", strings.TrimSpace(token), "--name", name, "--dir", filepath.Join(s.dir, name))
+	s.startNode(name)
 }
 
 // write writes a file that only its owner reads, and returns its path.
@@ -250,6 +257,7 @@ func (s *stable) start(args ...string) *process {
 	}
 	defer func() { _ = log.Close() }() // the process has its own
 	p.cmd = exec.CommandContext(context.WithoutCancel(t.Context()), s.program, append(args, "--config", s.config)...)
+	p.cmd.Env = append(os.Environ(), s.env...)
 	p.cmd.Stdout, p.cmd.Stderr = log, log
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
