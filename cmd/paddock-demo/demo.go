@@ -248,7 +248,7 @@ func (d *demo) openNodes(ctx context.Context, running *errgroup.Group) error {
 		if err != nil {
 			return err
 		}
-		node, err := parts.NewNode(parts.NodeConfig{Node: c, Self: []string{self}, Log: d.log(name)})
+		node, err := parts.NewNode(ctx, parts.NodeConfig{Node: c, Self: []string{self}, Log: d.log(name)})
 		if err != nil {
 			return err
 		}

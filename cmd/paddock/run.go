@@ -64,7 +64,7 @@ func runNode(ctx context.Context, g *globals, c *config.Config, stop *stopped) e
 	if err != nil {
 		return fmt.Errorf("find this program: %w", err)
 	}
-	n, err := parts.NewNode(parts.NodeConfig{Node: c.Node, Self: []string{self}, Version: versionText(), Keep: stop.keepVMs, Log: g.log()})
+	n, err := parts.NewNode(ctx, parts.NodeConfig{Node: c.Node, Self: []string{self}, Version: versionText(), Keep: stop.keepVMs, Log: g.log()})
 	if err != nil {
 		return err
 	}

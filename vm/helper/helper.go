@@ -109,11 +109,7 @@ func privateDir(dir string) error {
 func (d *Driver) Boot(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 	m, err := d.boot(ctx, spec)
 	if err != nil {
-		var boot *vm.BootError
-		if errors.As(err, &boot) {
-			return nil, err // says enough
-		}
-		return nil, fmt.Errorf("booting %s: %w", spec.ID, err)
+		return nil, err // which machine it is says the caller
 	}
 	return m, nil
 }

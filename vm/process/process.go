@@ -85,19 +85,19 @@ func New(c Config) (*Driver, error) {
 func (d *Driver) Boot(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 	var err error
 	if spec.Dir, err = filepath.Abs(spec.Dir); err != nil {
-		return nil, fmt.Errorf("booting %s: %w", spec.ID, err)
+		return nil, err
 	}
 	if err := vm.CheckDisk(spec.Dir); err != nil {
 		return nil, &vm.BootError{Err: err}
 	}
 	release, err := d.slots.take()
 	if err != nil {
-		return nil, fmt.Errorf("booting %s: %w", spec.ID, err)
+		return nil, err
 	}
 	m, host, err := d.start(ctx, spec, release)
 	if err != nil {
 		release()
-		return nil, fmt.Errorf("booting %s: %w", spec.ID, err)
+		return nil, err
 	}
 	if err := awaitReady(ctx, m, host); err != nil {
 		return nil, d.failed(ctx, m, spec, err)
@@ -181,7 +181,7 @@ func (d *Driver) failed(ctx context.Context, m *machine, spec vm.Spec, cause err
 	// The kill is bounded by itself, so the cleaning goes on when ctx has ended.
 	leftover := m.Destroy(context.WithoutCancel(ctx))
 	if cancelled || leftover != nil {
-		return fmt.Errorf("booting %s: %w", spec.ID, errors.Join(cause, leftover))
+		return errors.Join(cause, leftover)
 	}
 	return &vm.BootError{Console: vm.ConsoleTail(spec.Dir), Err: cause}
 }

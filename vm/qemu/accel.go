@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"time"
 
 	"github.com/paddock-ci/paddock/vm"
@@ -17,6 +18,9 @@ const (
 	accelTCG  = "tcg"
 	accelKVM  = "kvm"
 	accelAuto = "auto"
+	// accelNative is KVM for guests of this host's own architecture, for which it is known
+	// to work, and emulation for others.
+	accelNative = "native"
 )
 
 // trialLimit is how long a virtual CPU may take for its first few instructions: with a
@@ -36,6 +40,8 @@ func (d *Driver) accel(ctx context.Context, p program) (string, error) {
 		return accelKVM, nil // as asked for: if it does not work, QEMU says why
 	case !p.native():
 		return accelTCG, nil
+	case d.config.Accel == accelNative:
+		return accelKVM, nil
 	}
 	d.mu.Lock()
 	answer, asked := d.trials[p.path]
@@ -68,6 +74,25 @@ func (d *Driver) accel(ctx context.Context, p program) (string, error) {
 	case <-ctx.Done():
 		return "", ctx.Err()
 	}
+}
+
+// Accel is what Config.Accel comes to on this host, to be given to drivers that boot one
+// machine each: for them "auto" would mean a trial at every boot, which takes seconds
+// where /dev/kvm is of no use. Where no QEMU for this host's own guests is installed
+// nothing was found out, and it stays "auto".
+func (d *Driver) Accel(ctx context.Context) (string, error) {
+	if d.config.Accel != accelAuto {
+		return d.config.Accel, nil
+	}
+	p, err := d.program(ctx, runtime.GOARCH)
+	if err != nil {
+		return accelAuto, ctx.Err()
+	}
+	found, err := d.accel(ctx, p)
+	if found == accelKVM {
+		found = accelNative
+	}
+	return found, err
 }
 
 // armGreeting is a guest of four instructions: it writes a K to the serial port of the

@@ -65,7 +65,7 @@ func (f firmware) variables(ctx context.Context) error {
 	own, err := os.Stat(f.file)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
-		if err := copyFile(ctx, f.vars, f.file); err != nil {
+		if err := vm.CopyFile(ctx, f.vars, f.file); err != nil {
 			return fmt.Errorf("making the firmware's variables: %w", err)
 		}
 		return nil

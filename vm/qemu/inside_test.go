@@ -81,6 +81,23 @@ func TestAuto(t *testing.T) {
 	}
 }
 
+// A KVM that is known to work is used without another trial, by guests that it can run.
+func TestNative(t *testing.T) {
+	d, err := New(Config{Accel: accelNative})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, a := range arches {
+		want := accelTCG
+		if a.native() {
+			want = accelKVM
+		}
+		if got, err := d.accel(t.Context(), program{arch: a}); got != want || err != nil {
+			t.Errorf("guests of %s: %q, %v; want %s", name, got, err, want)
+		}
+	}
+}
+
 func TestKVMForAnother(t *testing.T) {
 	d, err := New(Config{Accel: accelKVM})
 	if err != nil {

@@ -45,6 +45,7 @@ type machine struct {
 	destroy func()        // closes it, once
 	done    chan struct{} // closed when nothing is left
 	exit    vm.Exit       // set before done is closed
+	broken  error         // set before done is closed: of what served the machine, if that failed
 	reason  atomic.Value  // of QEMU's end, in QEMU's word: a string
 }
 
@@ -94,7 +95,7 @@ func launch(ctx context.Context, p *plan, clone func(ctx context.Context, src, d
 	}
 	defer func() {
 		if err != nil {
-			m.endHelpers()
+			_ = m.endHelpers() // err says more
 		}
 	}()
 	screen, err := openConsole(p.spec.Dir)
@@ -157,12 +158,14 @@ func (m *machine) start(ctx context.Context, inherited []*os.File) error {
 	return nil
 }
 
-// endHelpers ends what runs beside QEMU.
-func (m *machine) endHelpers() {
+// endHelpers ends what runs beside QEMU. The error says which shares failed by themselves.
+func (m *machine) endHelpers() error {
 	m.passt.end()
+	var failed []error
 	for _, s := range m.shares {
-		s.end()
+		failed = append(failed, s.end())
 	}
+	return errors.Join(failed...)
 }
 
 // happened takes note of an event.
@@ -182,14 +185,18 @@ func (m *machine) happened(e message, open func()) {
 func (m *machine) live(ctx context.Context) {
 	select {
 	case <-m.owner.exited:
+		m.exit.At = time.Now().UTC()
 		<-m.monitor.done // QEMU's last word may be why
 		m.exit.Reason = m.why()
+		if m.broken = m.endHelpers(); m.broken != nil {
+			m.exit.Reason += ": " + m.broken.Error()
+		}
 	case <-m.ending:
 		m.exit.Reason = "destroyed"
 		m.quit(ctx)
+		m.exit.At = time.Now().UTC()
+		_ = m.endHelpers() // however they ended: it was wanted
 	}
-	m.exit.At = time.Now().UTC()
-	m.endHelpers()
 	m.monitor.close()
 	m.port.end()
 	_ = m.line.Close()
@@ -252,13 +259,17 @@ func (m *machine) up(ctx context.Context) error {
 	}
 }
 
-// ended is err, or why QEMU ended if it did, which it may do a moment later.
+// ended is err, or why QEMU ended if it did, which it may do a moment later; if that was
+// for want of a share, why there was none.
 func (m *machine) ended(ctx context.Context, err error) error {
 	if !errors.Is(err, errMonitorGone) {
 		return err
 	}
 	select {
 	case <-m.done:
+		if m.broken != nil {
+			return m.broken
+		}
 		return errors.New(m.exit.Reason)
 	case <-ctx.Done():
 		return ctx.Err()
@@ -272,10 +283,9 @@ func (m *machine) failed(ctx context.Context, cause error) error {
 	clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), commandLimit)
 	defer cancel()
 	leftover := m.Destroy(clean)
-	id := m.plan.spec.ID
 	switch console := vm.ConsoleTail(m.plan.spec.Dir); {
-	case leftover != nil || errors.Is(cause, context.Canceled) || errors.Is(cause, vm.ErrState):
-		return fmt.Errorf("booting %s: %w", id, errors.Join(cause, leftover))
+	case leftover != nil || errors.Is(cause, context.Canceled) || errors.Is(cause, vm.ErrState) || errors.Is(cause, errShare):
+		return errors.Join(cause, leftover)
 	case cancelled && m.plan.kernel == "":
 		return &vm.BootError{Console: console, Err: fmt.Errorf("%w (is there a boot loader on its disk?)", cause)}
 	default:

@@ -26,9 +26,12 @@ const maxTag = 36
 // checkMounts refuses shares that cannot be, before anything starts, and finds what
 // serves the others; "" without shares.
 func checkMounts(mounts []fleet.Mount) (daemon string, err error) {
+	names := map[string]bool{}
 	for _, m := range mounts {
 		info, err := os.Stat(m.Path)
 		switch {
+		case names[m.Name]:
+			return "", fmt.Errorf("two shares are called %q", m.Name)
 		case err != nil:
 			return "", fmt.Errorf("the share %q: %w", m.Name, err)
 		case !info.IsDir():
@@ -36,8 +39,9 @@ func checkMounts(mounts []fleet.Mount) (daemon string, err error) {
 		case m.Name == "" || len(m.Name) > maxTag || strings.ContainsRune(m.Name, ','):
 			return "", fmt.Errorf("the share %q: its name must have 1 to %d bytes and no comma", m.Name, maxTag)
 		case m.ReadOnly:
-			return "", fmt.Errorf("the share %q: %w: QEMU's guests write to what they share with their host; share a copy without read_only", m.Name, vm.ErrUnsupported)
+			return "", fmt.Errorf("the share %q: %w: QEMU's guests write to what they share with their host (hint: share a copy without read_only; the bootstrap self, whose orders are such a share, is for the driver vz: use agent or ssh)", m.Name, vm.ErrUnsupported)
 		}
+		names[m.Name] = true
 	}
 	if len(mounts) == 0 {
 		return "", nil
@@ -55,21 +59,40 @@ func checkMounts(mounts []fleet.Mount) (daemon string, err error) {
 
 // share is one virtiofsd.
 type share struct {
+	name  string
 	owner *owner
 	conn  *os.File // QEMU's end of their stream
 }
 
+// errShare: virtiofsd failed, and so did QEMU, which only knows that nobody answers.
+var errShare = errors.New("virtiofsd failed")
+
 // end waits a moment for virtiofsd, which ends with QEMU and then has no child of its own
-// any more, and kills it if it does not.
-func (s *share) end() {
+// any more, and kills it if it does not. The error is errShare if it had failed by itself.
+func (s *share) end() error {
 	_ = s.conn.Close()
 	select {
 	case <-s.owner.exited:
-		return
+		return s.failure()
 	case <-time.After(quitLimit):
 	}
 	_ = s.owner.cmd.Process.Kill()
 	<-s.owner.exited
+	return nil
+}
+
+// failure is why virtiofsd, which has ended, did so; nil if it ended with QEMU.
+func (s *share) failure() error {
+	state := s.owner.cmd.ProcessState
+	if state.Success() {
+		return nil
+	}
+	lines := strings.Split(strings.TrimSpace(s.owner.said.String()), "\n")
+	why := lines[len(lines)-1] // it says before what it is about to do
+	if strings.Contains(why, "not permitted") {
+		why += " (hint: virtiofsd needs root: run the agent as a service of the system, not of a user)"
+	}
+	return fmt.Errorf("the share %q: %w: %s: %s", s.name, errShare, state, why)
 }
 
 // openShare starts virtiofsd for one directory, with a stream that is connected already.
@@ -88,7 +111,7 @@ func openShare(ctx context.Context, daemon string, m fleet.Mount, dir string) (*
 		_ = conn.Close()
 		return nil, fmt.Errorf("the share %q: %w", m.Name, err)
 	}
-	return &share{owner: o, conn: conn}, nil
+	return &share{name: m.Name, owner: o, conn: conn}, nil
 }
 
 // escape is a path as an option's value.

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -129,6 +130,29 @@ func TestShare(t *testing.T) {
 	}
 	if err := m.Destroy(t.Context()); err != nil {
 		t.Fatal(err)
+	}
+	nothingLeft(t, s)
+}
+
+// A share that nobody can serve is this host's fault, and said in virtiofsd's words: QEMU
+// knows only that there is no answer.
+func TestShareWithoutRoot(t *testing.T) {
+	s := good(t)
+	s.Mounts = []fleet.Mount{{Name: "work", Path: "/tmp"}} // everybody's
+	program := filepath.Join(t.TempDir(), "virtiofsd")
+	was := qemu.ServeShares(t, program)
+	// The real one, as a user's service starts it.
+	script := "#!/bin/sh\nexec /usr/bin/setpriv --bounding-set=-all --inh-caps=-all --no-new-privs --reuid=65534 --clear-groups " + was + " \"$@\"\n"
+	if err := os.WriteFile(program, []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	_, err := newDriver(t, qemu.Config{}).Boot(ctx, s)
+	var failure *vm.BootError
+	if err == nil || errors.As(err, &failure) || !strings.Contains(err.Error(), `the share "work"`) ||
+		!strings.Contains(err.Error(), "not permitted") || !strings.Contains(err.Error(), "needs root") {
+		t.Errorf("boot: %v", err)
 	}
 	nothingLeft(t, s)
 }

@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"sync"
 	"syscall"
@@ -47,7 +48,7 @@ func own(cmd *exec.Cmd) (*owner, error) {
 		close(o.exited)
 	}()
 	if err := <-started; err != nil {
-		return nil, fmt.Errorf("starting QEMU: %w", err)
+		return nil, fmt.Errorf("starting %s: %w", filepath.Base(cmd.Path), err)
 	}
 	return o, nil
 }

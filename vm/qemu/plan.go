@@ -4,10 +4,8 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net"
-	"os"
 	"path/filepath"
 	"runtime"
 
@@ -232,23 +230,4 @@ func (p *plan) commandLine() string {
 		line += " -- " + init
 	}
 	return line
-}
-
-// copyFile is CloneFile where the caller has none.
-func copyFile(ctx context.Context, src, dst string) (err error) {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	in, err := os.Open(src)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = in.Close() }()
-	out, err := os.OpenFile(dst, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, out.Close()) }()
-	_, err = out.ReadFrom(in)
-	return err
 }

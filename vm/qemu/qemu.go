@@ -24,7 +24,6 @@ package qemu
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"path/filepath"
@@ -36,7 +35,7 @@ import (
 // Config makes a driver.
 type Config struct {
 	// Accel is what runs the guest's CPU: "tcg" (emulation), "kvm", or "auto", which
-	// takes KVM where a virtual CPU really ran by it. "": tcg.
+	// takes KVM where a virtual CPU really ran by it; see also Driver.Accel. "": tcg.
 	Accel string
 	// Network is "user" (QEMU's own network behind this host's addresses: the guest
 	// reaches all that this host does, its loopback too), "passt" (the program of that
@@ -75,7 +74,7 @@ func New(c Config) (*Driver, error) {
 	switch c.Accel {
 	case "":
 		c.Accel = accelTCG
-	case accelTCG, accelKVM, accelAuto:
+	case accelTCG, accelKVM, accelAuto, accelNative:
 	default:
 		return nil, fmt.Errorf("qemu driver: accelerator %q, want tcg, kvm or auto", c.Accel)
 	}
@@ -87,7 +86,7 @@ func New(c Config) (*Driver, error) {
 		return nil, fmt.Errorf("qemu driver: network %q, want user, passt or none", c.Network)
 	}
 	if c.CloneFile == nil {
-		c.CloneFile = copyFile
+		c.CloneFile = vm.CopyFile
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -95,26 +94,24 @@ func New(c Config) (*Driver, error) {
 	return &Driver{config: c, log: c.Log, programs: map[string]program{}, trials: map[string]chan bool{}}, nil
 }
 
-// Boot starts a machine; see vm.Driver.
+// Boot starts a machine; see vm.Driver. Its errors do not say which, since that is what
+// its caller says.
 func (d *Driver) Boot(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 	if err := ctx.Err(); err != nil {
-		return nil, fmt.Errorf("booting %s: %w", spec.ID, err)
+		return nil, err
 	}
 	var err error
 	if spec.Dir, err = filepath.Abs(spec.Dir); err != nil {
-		return nil, fmt.Errorf("booting %s: %w", spec.ID, err)
+		return nil, err
 	}
 	release, err := d.take()
 	if err != nil {
-		return nil, fmt.Errorf("booting %s: %w", spec.ID, err)
+		return nil, err
 	}
 	m, err := d.start(ctx, spec, release)
 	if err != nil {
 		release()
-		if boot := (*vm.BootError)(nil); errors.As(err, &boot) {
-			return nil, err
-		}
-		return nil, fmt.Errorf("booting %s: %w", spec.ID, err)
+		return nil, err
 	}
 	if err := m.up(ctx); err != nil {
 		return nil, m.failed(ctx, err)

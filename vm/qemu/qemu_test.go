@@ -63,8 +63,15 @@ func good(t *testing.T) vm.Spec    { return spec(t, "arm64", "") }
 func broken(t *testing.T) vm.Spec  { return spec(t, "arm64", "rdinit=/no/such/init") }
 func hanging(t *testing.T) vm.Spec { return spec(t, "arm64", "rdinit=/bin/sleep -- 1000") }
 
+// networkEnv is the network of drivers whose config says none, so that a test can be run
+// again with another one. "": the driver's default.
+const networkEnv = "PADDOCK_TEST_NETWORK"
+
 func newDriver(t testing.TB, c qemu.Config) *qemu.Driver {
 	t.Helper()
+	if c.Network == "" {
+		c.Network = os.Getenv(networkEnv)
+	}
 	d, err := qemu.New(c)
 	if err != nil {
 		t.Fatal(err)
@@ -179,7 +186,13 @@ func TestRefused(t *testing.T) {
 		"a share that does not exist": {func(_ *testing.T, s *vm.Spec) { s.Mounts = []fleet.Mount{{Name: "work", Path: "/no/such/path"}} }, "/no/such/path", false},
 		"a share that is a file":      {func(_ *testing.T, s *vm.Spec) { s.Mounts = []fleet.Mount{{Name: "work", Path: "/etc/passwd"}} }, "is no directory", false},
 		"a share that is read only":   {func(_ *testing.T, s *vm.Spec) { s.Mounts = []fleet.Mount{{Name: "w", Path: "/tmp", ReadOnly: true}} }, "not possible", false},
-		"a share without a name":      {func(_ *testing.T, s *vm.Spec) { s.Mounts = []fleet.Mount{{Path: "/tmp"}} }, "1 to 36 bytes", false},
+		"two shares of one name": {func(_ *testing.T, s *vm.Spec) {
+			s.Mounts = []fleet.Mount{{Name: "work", Path: "/tmp"}, {Name: "work", Path: "/etc"}}
+		}, `two shares are called "work"`, false},
+		"the share of the bootstrap self": {func(_ *testing.T, s *vm.Spec) {
+			s.Mounts = []fleet.Mount{{Name: "paddock-in", Path: "/tmp", ReadOnly: true}}
+		}, "bootstrap self", false},
+		"a share without a name": {func(_ *testing.T, s *vm.Spec) { s.Mounts = []fleet.Mount{{Path: "/tmp"}} }, "1 to 36 bytes", false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := newDriver(t, qemu.Config{Slots: 1})

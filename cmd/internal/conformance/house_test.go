@@ -314,7 +314,7 @@ func (h *house) startNode(name string) {
 		argv = []string{self(h.t)}
 	}
 	var r *running[*parts.Node]
-	node, err := parts.NewNode(parts.NodeConfig{
+	node, err := parts.NewNode(h.t.Context(), parts.NodeConfig{
 		Node: h.node(name), Self: argv, Version: "test", Log: h.log.logger(name), Keep: func() bool { return r.keep },
 	})
 	if err != nil {

@@ -218,7 +218,7 @@ func (s *stage) node(c *Control, name string) {
 	if err := Join(ctx, n, token, c.URL()); err != nil {
 		s.b.Fatal(err)
 	}
-	node, err := NewNode(NodeConfig{Node: n, Self: []string{s.self}})
+	node, err := NewNode(ctx, NodeConfig{Node: n, Self: []string{s.self}})
 	if err != nil {
 		s.b.Fatal(err)
 	}

@@ -19,9 +19,20 @@ import (
 )
 
 // helperCommand is how this program starts itself as the helper of a VM: the driver is in
-// its arguments, since each helper has one of its own.
-func helperCommand(c NodeConfig) []string {
-	return slices.Concat(c.Self, []string{HelperRole, "-driver", c.Node.Driver, "-accel", c.Node.QEMU.Accel, "-network", c.Node.QEMU.Network})
+// its arguments, since each helper has one of its own, which is told what is to be found
+// out about this host only once.
+func helperCommand(ctx context.Context, c NodeConfig) ([]string, error) {
+	accel := c.Node.QEMU.Accel
+	if c.Node.Driver == config.DriverQEMU {
+		driver, err := qemu.New(qemu.Config{Accel: accel, Network: c.Node.QEMU.Network, Log: c.Log})
+		if err != nil {
+			return nil, err
+		}
+		if accel, err = driver.Accel(ctx); err != nil {
+			return nil, fmt.Errorf("find out what runs guests on this host: %w", err)
+		}
+	}
+	return slices.Concat(c.Self, []string{HelperRole, "-driver", c.Node.Driver, "-accel", accel, "-network", c.Node.QEMU.Network}), nil
 }
 
 // Helper is the body of the hidden command that keeps one VM; args are what helperCommand

@@ -84,8 +84,9 @@ type Node struct {
 	images *cache.Store
 }
 
-// NewNode builds the agent of a node that has joined.
-func NewNode(c NodeConfig) (*Node, error) {
+// NewNode builds the agent of a node that has joined. It takes seconds where it has to
+// try what this host's CPU can do for machines.
+func NewNode(ctx context.Context, c NodeConfig) (*Node, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -101,8 +102,12 @@ func NewNode(c NodeConfig) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
+	command, err := helperCommand(ctx, c)
+	if err != nil {
+		return nil, err
+	}
 	machines, err := helper.New(helper.Config{
-		Command: helperCommand(c), Dir: filepath.Join(c.Node.Dir, "vms"), Log: c.Log,
+		Command: command, Dir: filepath.Join(c.Node.Dir, "vms"), Log: c.Log,
 	})
 	if err != nil {
 		return nil, err
