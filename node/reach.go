@@ -8,6 +8,7 @@ import (
 
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/runner/guest"
+	"github.com/paddock-ci/paddock/runner/guest/self"
 	"github.com/paddock-ci/paddock/runner/guest/ssh"
 	"github.com/paddock-ci/paddock/vm"
 )
@@ -49,6 +50,8 @@ func (a *Agent) reach(ctx context.Context, l *life) error {
 			continue
 		case errors.As(err, &final):
 			return final
+		case errors.Is(err, self.ErrMisuse):
+			return misused(err)
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case errors.Is(err, vm.ErrEnded):
@@ -62,6 +65,10 @@ func (a *Agent) reach(ctx context.Context, l *life) error {
 		pause(ctx, backoff(n, dialPause, dialMost))
 	}
 }
+
+// misused is the ending of a VM whose guest does harm to this host through its share:
+// every further moment it may fill the disk.
+func misused(err error) *ending { return &ending{Reason: err.Error(), Failed: true} }
 
 // hello makes one connection and asks for the guest's status.
 func (a *Agent) hello(ctx context.Context, l *life) (err error) {

@@ -2,11 +2,13 @@ package node
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/runner/guest"
+	"github.com/paddock-ci/paddock/runner/guest/self"
 )
 
 // register starts the runner that the controller hands over, whenever that is; there is
@@ -58,6 +60,9 @@ func (a *Agent) watch(ctx context.Context, l *life) error {
 		if err == nil {
 			return exited(last)
 		}
+		if errors.Is(err, self.ErrMisuse) {
+			return misused(err)
+		}
 		pause(ctx, backoff(n, dialPause, dialMost))
 		if ctx.Err() != nil {
 			return ctx.Err()
@@ -65,7 +70,7 @@ func (a *Agent) watch(ctx context.Context, l *life) error {
 		if err := a.reach(ctx, l); err != nil {
 			return err
 		}
-		if err := l.hasRunner(l.status.Name); err != nil {
+		if err := l.hasRunner(a.recordOf(l).Report.Runner.Name); err != nil {
 			return err
 		}
 	}
