@@ -32,7 +32,7 @@ func TestMain(m *testing.M) {
 	if err := json.Unmarshal([]byte(raw), &s); err != nil {
 		panic(err)
 	}
-	d, err := qemu.New(qemu.Config{})
+	d, err := qemu.New(qemu.Config{Network: os.Getenv(networkEnv)})
 	if err != nil {
 		panic(err)
 	}
@@ -58,7 +58,7 @@ func TestOwnerKilled(t *testing.T) {
 	}
 	owner := exec.CommandContext(t.Context(), self)
 	// Its own environment does not name the machine, or it would pass for a part of it.
-	owner.Env = append(vm.ChildEnv(), ownerEnv+"="+string(raw))
+	owner.Env = append(vm.ChildEnv(), ownerEnv+"="+string(raw), networkEnv+"="+os.Getenv(networkEnv))
 	owner.Stderr = os.Stderr
 	out, err := owner.StdoutPipe()
 	if err != nil {

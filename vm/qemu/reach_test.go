@@ -90,12 +90,9 @@ ip -6 route del local ::1 dev lo table local; ip -6 addr del ::1/128 dev lo
 ip -6 route add ::1/128 via $via dev eth0; ` + "nc -w 2 ::1 7778 </dev/null"
 )
 
-// reachEnv has this test run inside the host's namespace, with a network of that name.
-const reachEnv = "PADDOCK_TEST_REACH"
-
 // What a guest can reach is what is documented, and nobody can reach the guest.
 func TestWhatAGuestCanReach(t *testing.T) {
-	if network := os.Getenv(reachEnv); network != "" {
+	if network := os.Getenv(networkEnv); network != "" {
 		inside(t, network)
 		return
 	}
@@ -106,7 +103,7 @@ func TestWhatAGuestCanReach(t *testing.T) {
 	h := newHost(t)
 	for _, network := range networks {
 		t.Run(network, func(t *testing.T) {
-			h.run(t, "-test.run=^TestWhatAGuestCanReach$", reachEnv+"="+network)
+			h.run(t, "-test.run=^TestWhatAGuestCanReach$", networkEnv+"="+network)
 		})
 	}
 }
