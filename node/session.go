@@ -370,7 +370,7 @@ func printConsole(ctx context.Context, w io.Writer, path string, once bool) {
 		return
 	}
 	for last := false; ; {
-		if _, err := io.Copy(w, f); err != nil || last {
+		if err := catchUp(w, f); err != nil || last {
 			return
 		}
 		select {
@@ -379,6 +379,29 @@ func printConsole(ctx context.Context, w io.Writer, path string, once bool) {
 			last = true
 		}
 	}
+}
+
+// catchUp writes what was added to a console's file. Drivers bound the file: once it is
+// full it is shorter than what was read, and what is at its end was read before, mostly.
+func catchUp(w io.Writer, f *os.File) error {
+	at, err := f.Seek(0, io.SeekCurrent)
+	if err != nil {
+		return err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if info.Size() < at {
+		if _, err := io.WriteString(w, "\r\n[the console is long: a part of it was left out]\r\n"); err != nil {
+			return err
+		}
+		if _, err := f.Seek(info.Size(), io.SeekStart); err != nil {
+			return err
+		}
+	}
+	_, err = io.Copy(w, f)
+	return err
 }
 
 // printLogs writes what a runner prints; with once, what is kept of it. A runner that goes
