@@ -251,6 +251,9 @@ type machine struct {
 func (y *yard) Boot(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 	y.mu.Lock()
 	defer y.mu.Unlock()
+	if err := os.WriteFile(filepath.Join(spec.Dir, vm.ConsoleFile), []byte(y.console), 0o600); err != nil {
+		return nil, err
+	}
 	if y.hang {
 		y.mu.Unlock()
 		<-ctx.Done()
@@ -272,9 +275,6 @@ func (y *yard) Boot(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 	}
 	mem, err := y.restore(spec)
 	if err != nil {
-		return nil, err
-	}
-	if err := os.WriteFile(filepath.Join(spec.Dir, vm.ConsoleFile), []byte(y.console), 0o600); err != nil {
 		return nil, err
 	}
 	y.boots[spec.ID]++
