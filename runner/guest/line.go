@@ -36,37 +36,70 @@ type Line struct {
 	mu      sync.Mutex
 	raw     net.Conn       // nil: none
 	session *yamux.Session // over raw; nil while that is being connected
+	dials   map[*dial]struct{}
 }
+
+// dial is one call of Dial under way.
+type dial struct{ end context.CancelCauseFunc }
 
 // NewLine makes a line; open opens the raw stream, when it is first needed and again
 // after it broke. It waits for the machine as long as that makes sense: its error is
 // Dial's.
 func NewLine(open func(ctx context.Context) (net.Conn, error)) *Line {
-	return &Line{open: open, reopen: reopen, turn: make(chan struct{}, 1)}
+	return &Line{open: open, reopen: reopen, turn: make(chan struct{}, 1), dials: map[*dial]struct{}{}}
 }
 
 // Dial opens one more stream to the agent. It waits until the guest answers or ctx ends.
 // The stream has a CloseWrite, which ends one direction (the other ends two minutes later
 // at the latest), and its deadlines hold whatever the guest does.
 func (l *Line) Dial(ctx context.Context) (net.Conn, error) {
+	ctx, done := l.untilClose(ctx)
+	defer done()
 	for {
 		session, err := l.live(ctx)
 		if err != nil {
-			return nil, fmt.Errorf("the line to the guest agent: %w", err)
+			return nil, undialled(ctx, err)
 		}
 		conn, err := openStream(ctx, session)
 		if err == nil {
 			return conn, nil
 		}
 		if err := pause(ctx, l.reopen); err != nil { // the session has just broken
-			return nil, fmt.Errorf("the line to the guest agent: %w", err)
+			return nil, undialled(ctx, err)
 		}
 	}
 }
 
-// Close cuts all streams and closes the raw one; a later Dial opens it anew.
+// untilClose makes a context that the next Close ends.
+func (l *Line) untilClose(ctx context.Context) (context.Context, func()) {
+	ctx, end := context.WithCancelCause(ctx)
+	d := &dial{end: end}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.dials[d] = struct{}{}
+	return ctx, func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		delete(l.dials, d)
+		end(nil)
+	}
+}
+
+// undialled is a dial's error: what follows from Close is net.ErrClosed.
+func undialled(ctx context.Context, err error) error {
+	if errors.Is(context.Cause(ctx), net.ErrClosed) {
+		err = net.ErrClosed
+	}
+	return fmt.Errorf("the line to the guest agent: %w", err)
+}
+
+// Close cuts all streams, ends every dial under way with net.ErrClosed, and closes the
+// raw stream; a later Dial opens it anew.
 func (l *Line) Close() error {
 	l.mu.Lock()
+	for d := range l.dials {
+		d.end(net.ErrClosed)
+	}
 	raw, session := l.raw, l.session
 	l.raw, l.session = nil, nil
 	l.mu.Unlock()
@@ -150,6 +183,10 @@ func (l *Line) current() *yamux.Session {
 // begin makes raw ours and begins a session on it. If it fails raw must be closed.
 func (l *Line) begin(ctx context.Context, raw net.Conn) (*yamux.Session, error) {
 	l.mu.Lock()
+	if ctx.Err() != nil { // Close has been here, and will not see raw
+		l.mu.Unlock()
+		return nil, ctx.Err()
+	}
 	l.raw, l.session = raw, nil
 	l.mu.Unlock()
 	stop := context.AfterFunc(ctx, func() { _ = raw.Close() })

@@ -314,97 +314,45 @@ func traffic(t *testing.T, l *Line) {
 	wg.Wait()
 }
 
+// marked says when something is written.
+type marked struct {
+	net.Conn
+	marks chan<- struct{}
+}
+
+func (m marked) Write(p []byte) (int, error) {
+	select {
+	case m.marks <- struct{}{}:
+	default:
+	}
+	return m.Conn.Write(p)
+}
+
 // A guest that comes late, and one whose stream breaks, are waited for; one that never
 // answers is waited for until the context ends.
 func TestLineWaitsForTheGuest(t *testing.T) {
 	p := newPort()
-	l := NewLine(func(context.Context) (net.Conn, error) { return p.attach(-1, -1), nil })
+	marks := make(chan struct{}, 1)
+	l := NewLine(func(context.Context) (net.Conn, error) { return marked{p.attach(-1, -1), marks}, nil })
 	defer func() { _ = l.Close() }()
 	short, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
 	if _, err := l.Dial(short); !errors.Is(err, context.DeadlineExceeded) {
 		t.Fatalf("nobody is there: %v", err)
 	}
+	<-marks // of that dial, which has sent its last
 	answered := make(chan struct{})
 	go func() {
 		defer close(answered)
 		hello(t, l, time.Minute)
 	}()
-	time.Sleep(500 * time.Millisecond) // marks wait for the guest; it may come at any time
+	<-marks // the next one's wait for the guest, which may come at any time
 	serveOn(t, t.TempDir(), once(p))
 	<-answered
 	failing := errors.New("no machine")
 	if _, err := NewLine(func(context.Context) (net.Conn, error) { return nil, failing }).Dial(t.Context()); !errors.Is(err, failing) {
 		t.Errorf("open's error became %v", err)
 	}
-}
-
-func TestLineStreamsAreConnections(t *testing.T) {
-	a, b := net.Pipe()
-	streams := make(chan net.Conn, 1)
-	done := make(chan error, 1)
-	go func() {
-		done <- ServeLine(t.Context(), b, func(l net.Listener) error {
-			for {
-				conn, err := l.Accept()
-				if err != nil {
-					return nil
-				}
-				streams <- conn
-			}
-		})
-	}()
-	l := NewLine(func(context.Context) (net.Conn, error) { return a, nil })
-	conn, err := l.Dial(within(t, time.Minute))
-	if err != nil {
-		t.Fatal(err)
-	}
-	inside := <-streams
-	_ = conn.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
-	if _, err := conn.Read(make([]byte, 1)); err == nil || !isTimeout(err) {
-		t.Errorf("a read at its deadline: %v", err)
-	}
-	_ = conn.SetDeadline(time.Time{})
-	_ = conn.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
-	for err = nil; err == nil; { // nobody reads: the window fills
-		_, err = conn.Write(make([]byte, 100_000))
-	}
-	if !isTimeout(err) {
-		t.Errorf("a write at its deadline: %v", err)
-	}
-	// The other side may end first, and is heard to its end.
-	if _, err := inside.Write([]byte("last words")); err != nil {
-		t.Fatal(err)
-	}
-	if err := inside.(interface{ CloseWrite() error }).CloseWrite(); err != nil {
-		t.Fatal(err)
-	}
-	if got, err := io.ReadAll(conn); err != nil || string(got) != "last words" {
-		t.Errorf("heard %q, %v", got, err)
-	}
-	reading := make(chan error, 1)
-	go func() {
-		_, err := io.Copy(io.Discard, inside)
-		for err == nil {
-			_, err = inside.Read(make([]byte, 1))
-		}
-		reading <- err
-	}()
-	_ = inside.Close()
-	if err := <-reading; !errors.Is(err, net.ErrClosed) && !errors.Is(err, io.EOF) {
-		t.Errorf("a read on a closed stream: %v", err)
-	}
-	if err := l.Close(); err != nil {
-		t.Errorf("close: %v", err)
-	}
-	if err := <-done; err != nil {
-		t.Errorf("ServeLine: %v", err)
-	}
-}
-
-func isTimeout(err error) bool {
-	var e net.Error
-	return errors.As(err, &e) && e.Timeout()
 }
 
 // 10,000 connections, 50 at a time, leave nothing.
@@ -438,11 +386,7 @@ func TestTenThousandConnections(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	for deadline := time.Now().Add(30 * time.Second); runtime.NumGoroutine() > goroutines+5; time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%d goroutines, %d before", runtime.NumGoroutine(), goroutines)
-		}
-	}
+	eventually(t, "no goroutines but those of before", func() bool { return runtime.NumGoroutine() <= goroutines+5 })
 	runtime.GC()
 	runtime.ReadMemStats(&after)
 	if grown := int64(after.HeapInuse) - int64(before.HeapInuse); grown > 20<<20 {
