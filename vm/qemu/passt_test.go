@@ -34,18 +34,20 @@ func behindPasst(t *testing.T) bool {
 	if os.Geteuid() != 0 {
 		t.Fatalf("this test makes network namespaces: it needs root (sudo go test ./vm/qemu -run %s)", t.Name())
 	}
+	t.Parallel()
 	image(t, "arm64")
 	newHost(t).run(t, "-test.run=^"+t.Name()+"$", networkEnv+"=passt")
 	return false
 }
 
-// What holds for machines, and for saved ones, holds behind passt.
+// What holds for the lives and ends of machines, and for saved ones, holds behind passt.
 func TestPasstConformance(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Fatal("this test makes network namespaces: it needs root")
 	}
+	t.Parallel()
 	image(t, "arm64")
-	newHost(t).run(t, "-test.run=^(TestConformance|TestSaveAndRestore|TestOwnerKilled|TestReap|TestDestroyOfHanging)$", networkEnv+"=passt")
+	newHost(t).run(t, "-test.run=^(TestConformance|TestSaveAndRestore|TestOwnerKilled|TestReap|TestDestroyOfHanging)$/^(boot|many|a_boot_that_is|destroy_while)", networkEnv+"=passt")
 }
 
 // An agent makes the connections to its guest's ports, and the address is known when the

@@ -43,10 +43,6 @@ func newNamespace(t *testing.T) namespace {
 	}
 	t.Cleanup(func() { n.file.Close() })
 	n.ip(t, "link set lo up")
-	n.in(t, func() { err = os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0) })
-	if err != nil {
-		t.Fatal(err)
-	}
 	return n
 }
 
@@ -98,10 +94,10 @@ func newHost(t *testing.T) *host {
 	for _, link := range []string{"lan", "bridge", "container"} {
 		h.host.ip(t, "link set "+link+" up")
 	}
-	for _, a := range []string{"10.77.0.2/24", "fd77::2/64", "169.254.169.254/32"} {
+	for _, a := range []string{"10.77.0.2/24", "fd77::2/64 nodad", "169.254.169.254/32"} {
 		h.lan.ip(t, "addr add "+a+" dev eth")
 	}
-	for _, a := range []string{"10.77.0.1/24", "fd77::1/64", hostLinkLocal + "/64"} {
+	for _, a := range []string{"10.77.0.1/24", "fd77::1/64 nodad", hostLinkLocal + "/64 nodad"} {
 		h.host.ip(t, "addr add "+a+" dev lan")
 	}
 	h.host.ip(t, "addr add 10.78.0.1/24 dev bridge")

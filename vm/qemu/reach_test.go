@@ -100,10 +100,11 @@ func TestWhatAGuestCanReach(t *testing.T) {
 		t.Fatal("this test makes network namespaces: it needs root (sudo go test ./vm/qemu -run TestWhatAGuestCanReach)")
 	}
 	image(t, "arm64") // in here is nothing to build it from
-	h := newHost(t)
+	t.Parallel()
 	for _, network := range networks {
 		t.Run(network, func(t *testing.T) {
-			h.run(t, "-test.run=^TestWhatAGuestCanReach$", networkEnv+"="+network)
+			t.Parallel()
+			newHost(t).run(t, "-test.run=^TestWhatAGuestCanReach$", networkEnv+"="+network)
 		})
 	}
 }
