@@ -108,7 +108,17 @@ func TestExecFloodIsBounded(t *testing.T) {
 	got, most := 0, uint64(0)
 	code, err := c.Exec(t.Context(), Command{Argv: []string{"sh", "-c", fmt.Sprintf("yes 0123456789 | head -c %d", size)}}, func(_ Stream, p []byte) {
 		if got == 0 {
-			time.Sleep(300 * time.Millisecond) // time enough to flood
+			eventually(t, "the window is full", func() bool {
+				c.mu.Lock()
+				defer c.mu.Unlock()
+				waits := 0
+				for _, call := range c.waiting {
+					if call.streamed {
+						waits = len(call.answers)
+					}
+				}
+				return waits >= window-1 // beside the piece in hand
+			})
 			for range 3 {
 				if _, err := c.Hello(within(t, time.Minute)); err != nil {
 					t.Errorf("hello beside a flood: %v", err)

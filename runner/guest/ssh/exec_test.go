@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"testing"
 
 	"github.com/paddock-ci/paddock/runner/guest"
@@ -49,5 +50,24 @@ func TestExec(t *testing.T) {
 	s.kill(t)
 	if _, err := c.Exec(bounded(t), guest.Command{Argv: []string{"true"}}, nil); !errors.Is(err, guest.ErrLost) {
 		t.Errorf("a command to a server that died: %v", err)
+	}
+}
+
+// TestOutputOfManyLines: each line is a write of its own, and what is kept is counted in
+// bytes: of a short output all, of a long one a MiB or more.
+func TestOutputOfManyLines(t *testing.T) {
+	for _, lines := range []int{4000, 150_000} {
+		s := startSSHD(t)
+		c := s.dial(t)
+		script := fmt.Sprintf(`i=0; while [ $i -lt %d ]; do echo "a new line"; i=$((i + 1)); done`, lines)
+		must(t, c.Start(bounded(t), guest.Run{Name: "r", Argv: []string{"/bin/sh", "-c", script}}))
+		if last := watch(bounded(t), c).end(t); last.ExitCode != 0 {
+			t.Errorf("its end: %+v", last)
+		}
+		kept := 0
+		must(t, c.Output(bounded(t), func(p []byte) { kept += len(p) }))
+		if want := min(11*lines, 1<<20); kept < want {
+			t.Errorf("%d bytes of %d are kept, want %d", kept, 11*lines, want)
+		}
 	}
 }

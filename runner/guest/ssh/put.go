@@ -67,9 +67,9 @@ func (e *exactly) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Output passes on what is kept of the runner's output, 2 MiB at most, and then what
-// follows, until the runner has exited; if there is none yet it waits for it. A slow
-// reader does not stop the runner: what it misses is left out.
+// Output passes on what is kept of the runner's output, the last MiB or more and 2.5 MiB
+// at most, and then what follows, until the runner has exited; if there is none yet it
+// waits for it. A slow reader does not stop the runner: what it misses is left out.
 func (c *Client) Output(ctx context.Context, p func([]byte)) error {
 	err := c.run(ctx, job{script: script(scriptOutput), hold: true, answer: func(r *reader) error {
 		piece := make([]byte, maxPiece)

@@ -26,6 +26,7 @@ import (
 // in its home: job lets it begin, end lets it end, with status 3.
 const standIn = `#!/bin/sh
 sha256sum >"$HOME/input.part" && mv "$HOME/input.part" "$HOME/input"
+umask >"$HOME/mask"
 echo "√ Connected to GitHub"
 echo "2026-01-02 03:04:05Z: Listening for Jobs"
 until [ -e "$HOME/job" ]; do sleep 0.05; done
@@ -126,6 +127,13 @@ func TestLife(t *testing.T) {
 	want := sha256.Sum256([]byte("c2VjcmV0"))
 	if got, _ := os.ReadFile(filepath.Join(s.home, "input")); !strings.HasPrefix(string(got), hex.EncodeToString(want[:])) {
 		t.Errorf("the runner's input: %s", got)
+	}
+	if got, _ := os.ReadFile(filepath.Join(s.home, "mask")); string(got) != jobMask+"\n" {
+		t.Errorf("the runner's umask: %q, want %s", got, jobMask)
+	}
+	code, err := c.Exec(ctx, guest.Command{Argv: []string{"/bin/sh", "-c", "test $(umask) = " + jobMask}}, nil)
+	if must(t, err); code != 0 {
+		t.Errorf("a command's umask is not %s", jobMask)
 	}
 	c.Close()
 	s.noGuests(t)

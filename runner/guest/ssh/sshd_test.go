@@ -84,6 +84,9 @@ type sshd struct {
 	cmd      *exec.Cmd
 }
 
+// jobMask is the umask of an account's sessions, and of the jobs in them.
+const jobMask = "0027"
+
 // startSSHD starts a server. Extra lines go into its configuration.
 func startSSHD(t *testing.T, extra ...string) *sshd {
 	t.Helper()
@@ -140,7 +143,8 @@ func (s *sshd) newHostKey(t *testing.T) {
 
 func (s *sshd) start(t *testing.T) {
 	t.Helper()
-	s.cmd = exec.CommandContext(context.Background(), "/usr/sbin/sshd", "-D", "-e", "-f", filepath.Join(s.dir, "config"))
+	s.cmd = exec.CommandContext(context.Background(), "/bin/sh", "-c", "umask "+jobMask+`; exec "$@"`, "sh",
+		"/usr/sbin/sshd", "-D", "-e", "-f", filepath.Join(s.dir, "config"))
 	log, err := os.OpenFile(filepath.Join(s.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	must(t, err)
 	defer log.Close()

@@ -2,5 +2,6 @@
 # the standard input.
 place
 cd -- "$dir" 2>/dev/null || { echo "the guest has no directory $dir" >&2; exit 126; }
+umask "$mask"
 environment
 exec "$@"

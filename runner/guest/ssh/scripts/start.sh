@@ -17,18 +17,25 @@ answer() {
 	exit 0
 }
 
-# record keeps what the runner prints in files of 1 MiB, two at most. It goes by reads,
-# so that each word is there at once. A runner is not stopped because its output cannot
-# be kept.
+# record keeps what the runner prints in files of 1 MiB or at most a quarter more, two at
+# most. It goes by reads, so that each word is there at once; a dd ends after 256 of them,
+# long or short, and the size says when a file is full. A runner is not stopped because
+# its output cannot be kept.
 record() {
 	n=100000000
-	while :; do
-		dd bs=1024 count=1024 of="$state/log.$n" 2>/dev/null || { cat >/dev/null; break; }
-		[ -s "$state/log.$n" ] || break
+	size=0
+	while dd bs=1024 count=256 >>"$state/log.$n"; do
+		before=$size
+		size=$(wc -c <"$state/log.$n") || break
+		size=$((size + 0))
+		[ "$size" -gt "$before" ] || break # the end
+		[ "$size" -ge 1048576 ] || continue
 		find_job
 		rm -f "$state/log.$((n - 1))"
 		n=$((n + 1))
+		size=0
 	done
+	cat >/dev/null
 	: >"$state/drained"
 } 2>/dev/null
 
@@ -52,6 +59,7 @@ keep() {
 		unset input
 		exec 2>&1
 		cd "$dir" || exit 126
+		umask "$mask"
 		environment
 		apart "$@"
 	)

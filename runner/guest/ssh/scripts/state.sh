@@ -6,6 +6,7 @@
 #   busy       seconds since 1970, then the line that names the job
 #   drained    the runner's output has come to its end
 #   exit       the exit status, then seconds since 1970
+mask=$(umask) # is the runner's and the commands'
 umask 077
 unset CDPATH
 boot=$(cat /proc/sys/kernel/random/boot_id 2>/dev/null || sysctl -n kern.bootsessionuuid 2>/dev/null)
