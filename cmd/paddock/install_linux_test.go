@@ -92,7 +92,13 @@ func TestInstalledAgent(t *testing.T) {
 
 	tw.queue(1, 12)
 	listed(" busy ", "vm", "list")
-	before = tw.machines()
+	tw.eventually(time.Minute, func() error { // the first VM's helper may still be ending
+		before = tw.machines()
+		if n := strings.Count(strings.Join(before, "\n"), " vm-helper "); n != 1 {
+			return fmt.Errorf("%d VMs run: %v", n, before)
+		}
+		return nil
+	})
 	if said := node("uninstall"); !strings.Contains(said, "1 VM of this node may still run") {
 		t.Errorf("uninstalled: %s", said)
 	}
