@@ -50,11 +50,11 @@ const (
 	// firstLogs is how long the first of a runner's kept output may take to come, and
 	// restLogs the rest: a runner may print faster than it is read. The silence of
 	// quietLogs says before that what has come is all there is, and so do keptLogs bytes:
-	// no way into a guest keeps more of a runner's output.
+	// over SSH 2.5 MiB are kept at most, by the other ways less.
 	firstLogs = 2 * time.Second
 	restLogs  = 2 * time.Second
 	quietLogs = 500 * time.Millisecond
-	keptLogs  = 2 << 20
+	keptLogs  = 3 << 20
 )
 
 // connector keeps account of sessions; its fields are guarded by Agent.mu.
