@@ -1,7 +1,9 @@
 package node
 
 import (
+	"context"
 	"fmt"
+	"net"
 
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/fleet"
@@ -17,7 +19,9 @@ type contact struct {
 }
 
 // contactOf finds a VM whose machine runs here. The machine may end at any moment, and
-// its methods say so then.
+// its methods say so then. Nobody gets into a guest that may yet be saved, since what they
+// did there would be in the state, nor into one from a state that was not woken yet: its
+// random numbers are those of others. Its console is there for people meanwhile.
 func (a *Agent) contactOf(id fleet.VMID) (contact, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -30,7 +34,21 @@ func (a *Agent) contactOf(id fleet.VMID) (contact, error) {
 	case l.machine == nil:
 		return contact{}, fmt.Errorf("VM %s has no machine yet: try again in a moment", id)
 	}
-	return contact{order: l.order, machine: l.machine, dir: a.cloneDir(id)}, nil
+	to := contact{order: l.order, machine: l.machine, dir: a.cloneDir(id)}
+	if l.record.Seat != nil && l.record.Report.State == fleet.VMBooting {
+		to.machine = closed{l.machine, id}
+	}
+	return to, nil
+}
+
+// closed is a machine that people do not get into: without the optional methods, too.
+type closed struct {
+	vm.Machine
+	id fleet.VMID
+}
+
+func (c closed) Dial(context.Context) (net.Conn, error) {
+	return nil, fmt.Errorf("VM %s is still booting: try again once it is warm; until then, paddock vm console shows what it prints", c.id)
 }
 
 // setMachine notes the machine of a VM, for its own goroutine and for contactOf.

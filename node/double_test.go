@@ -225,6 +225,8 @@ type yard struct {
 	stubborn int    // so many calls of Destroy fail
 	hang     bool   // Boot does not return before its context ends
 	console  string // what machines print
+	// noReadOnly: it has no shares that a guest only reads.
+	noReadOnly bool
 	yardStates
 	yardPorts
 }
@@ -244,6 +246,7 @@ type machine struct {
 	spec   vm.Spec
 	memory memory
 	asleep bool       // started from a state and not woken yet
+	frozen bool       // it stands still: no stream is accepted any more
 	conns  []net.Conn // the host's ends of streams
 }
 
@@ -254,7 +257,7 @@ func (y *yard) Boot(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 	if err := os.WriteFile(filepath.Join(spec.Dir, vm.ConsoleFile), []byte(y.console), 0o600); err != nil {
 		return nil, err
 	}
-	if y.hang {
+	if y.hang || y.stateHang && spec.State != "" {
 		y.mu.Unlock()
 		<-ctx.Done()
 		y.mu.Lock()
@@ -270,6 +273,11 @@ func (y *yard) Boot(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 	if _, err := os.Stat(filepath.Join(spec.Dir, vm.DiskFile)); err != nil {
 		return nil, &vm.BootError{Err: err}
 	}
+	for _, m := range spec.Mounts {
+		if m.ReadOnly && y.noReadOnly {
+			return nil, fmt.Errorf("the share %q: %w", m.Name, vm.ErrUnsupported)
+		}
+	}
 	if y.machines[spec.ID] != nil {
 		return nil, fmt.Errorf("machine %s booted twice", spec.ID)
 	}
@@ -281,6 +289,9 @@ func (y *yard) Boot(ctx context.Context, spec vm.Spec) (vm.Machine, error) {
 	on, off := context.WithCancel(context.WithoutCancel(ctx))
 	m := &machine{yard: y, id: spec.ID, dials: make(chan net.Conn), power: off, off: on.Done(), ended: make(chan struct{}), spec: spec, memory: mem, asleep: spec.State != ""}
 	y.machines[spec.ID] = m
+	if y.stillborn && spec.State != "" {
+		off()
+	}
 	silent := y.silent || !spec.Agent || spec.State != "" && y.mute
 	config := guest.AgentConfig{Dir: spec.Dir}
 	if y.saves {
@@ -333,8 +344,14 @@ func (m *machine) Addr() net.Addr { return &net.UnixAddr{Name: string(m.id)} }
 
 func (m *machine) Dial(ctx context.Context) (net.Conn, error) {
 	host, inside := net.Pipe()
+	dials := m.dials
+	m.yard.mu.Lock()
+	if m.frozen {
+		dials = nil
+	}
+	m.yard.mu.Unlock()
 	select {
-	case m.dials <- inside:
+	case dials <- inside:
 		m.yard.mu.Lock()
 		m.conns = append(m.conns, host)
 		m.yard.mu.Unlock()
@@ -389,6 +406,7 @@ type stand struct {
 	keep   bool
 	slots  int
 	states bool         // VMs start from saved states
+	shares bool         // a copy of a file costs no room
 	free   atomic.Int64 // bytes of disk
 	log    *slog.Logger
 }
@@ -408,6 +426,7 @@ func (s *stand) agent(t *testing.T) (stop func()) {
 		ID: "mac-1", Slots: s.slots, Dir: s.dir, Driver: "yard", Machines: s.yard, Images: s.shelf,
 		Sync: s.office.Sync, Sessions: s.people, Keep: func() bool { return s.keep }, Log: s.log,
 		SaveStates: s.states, CloneFile: cache.CloneFile, Free: func() (int64, error) { return s.free.Load(), nil },
+		CanShare: func() (bool, error) { return s.shares, nil },
 	})
 	if err != nil {
 		t.Fatal(err)

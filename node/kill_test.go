@@ -114,6 +114,7 @@ func (m savedMachine) Destroy(ctx context.Context) error {
 
 func (m savedMachine) Save(ctx context.Context, dir string) error {
 	return errors.Join(
+		cache.CloneFile(ctx, filepath.Join(m.spec.Dir, vm.ConfigFile), filepath.Join(dir, vm.ConfigFile)),
 		cache.CloneFile(ctx, filepath.Join(m.spec.Dir, vm.DiskFile), filepath.Join(dir, vm.DiskFile)),
 		os.WriteFile(filepath.Join(dir, vm.IdentityFile), []byte(m.identity), 0o600))
 }

@@ -30,6 +30,7 @@ type life struct {
 	machine vm.Machine // see setMachine
 
 	watching sync.WaitGroup  // goroutines beside the VM's own, until conclude
+	writing  sync.WaitGroup  // brings its saved state to disk, until the seat is freed
 	guest    bootstrap       // nil: not connected
 	status   guest.Status    // the guest's word when it was last dialled
 	lastTry  error           // why it could not be dialled, the last time
@@ -53,6 +54,7 @@ func (a *Agent) live(ctx context.Context, l *life) {
 	defer a.settle(l)
 	defer a.undo(ctx, l, "release the image", a.unlease)
 	defer a.undo(ctx, l, "free the saved state", a.unseat)
+	defer l.writing.Wait() // which no machine waits for to go
 	defer a.undo(ctx, l, "remove the clone", a.unclone)
 	defer a.undo(ctx, l, "destroy the machine", a.unboot)
 	defer func() { a.conclude(ctx, l, err) }()
@@ -62,19 +64,12 @@ func (a *Agent) live(ctx context.Context, l *life) {
 	}
 	ctx, over := a.lifetime(ctx, l)
 	defer over()
-	boot, up := a.boottime(ctx, l)
-	defer up()
-	if err = because(boot, a.lease(boot, l)); err != nil {
+	if err = a.rise(ctx, l); err != nil {
 		return
 	}
-	if err = because(boot, a.boot(boot, l)); err != nil {
+	if err = a.greet(ctx, l); err != nil {
 		return
 	}
-	a.watchMachine(ctx, l)
-	if err = because(boot, a.greet(boot, l)); err != nil {
-		return
-	}
-	up()
 	a.askAddress(ctx, l)
 	if err = a.register(ctx, l); err != nil {
 		return
@@ -160,25 +155,17 @@ func machineEnded(exit vm.Exit) *ending {
 	return &ending{Reason: "the machine ended: " + exit.Reason, Failed: true, crashed: true}
 }
 
-// greet waits until the guest answers: the VM is warm. Before that, what a saved state
-// asks for is done.
+// greet makes a VM warm whose guest has just answered for the first time. The boot's time
+// is over by then: saving a machine has its own.
 func (a *Agent) greet(ctx context.Context, l *life) error {
 	r := a.recordOf(l)
 	if stage(r.Report.State) >= stage(fleet.VMWarm) {
-		return a.reach(ctx, l)
-	}
-	saved := r.Report.Tier == fleet.TierSaved && r.Seat != nil
-	if saved {
-		if err := a.greetSaved(ctx, l, *r.Seat); err != nil {
-			return err
-		}
-	} else if err := a.reach(ctx, l); err != nil {
-		return err
+		return nil
 	}
 	if !l.clonedAt.IsZero() {
 		a.starts.add(l.order.Image, r.Report.Tier, a.c.Now().Sub(l.clonedAt))
 	}
-	if !saved {
+	if r.Report.Tier != fleet.TierSaved {
 		if err := a.save(ctx, l); err != nil {
 			return err
 		}

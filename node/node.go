@@ -107,6 +107,9 @@ type Config struct {
 	// CloneFile makes dst, which must not exist, a copy of src of its own, sharing blocks
 	// where it can; nil: no states are saved. cache.CloneFile.
 	CloneFile func(ctx context.Context, src, dst string) error
+	// CanShare reports whether CloneFile's copies share blocks in Dir, so that a state costs
+	// no second disk; nil: they do not.
+	CanShare func() (bool, error)
 	// StateMargin is what must stay free on disk for a state to be saved, in bytes;
 	// 0: for each slot what a clone may grow by, as the VMs' pools say.
 	StateMargin int64

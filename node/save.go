@@ -6,7 +6,10 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/runner/guest"
@@ -17,7 +20,7 @@ const (
 	// saveTime bounds saving: 16 GB of memory at 200 MB/s.
 	saveTime = 80 * time.Second
 	// restoreTime is how long a guest may take to answer after a start from a saved state,
-	// which takes a second: one that is silent longer is a broken state.
+	// or after it was saved, which takes a second: one that is silent longer is broken.
 	restoreTime = time.Minute
 	// wakeTries bounds how often a woken guest is asked over a new connection.
 	wakeTries = 3
@@ -26,6 +29,13 @@ const (
 	// cloneGrowth is kept free on disk for each slot when a state is saved: what a clone may
 	// grow by (the default of a pool's growth), in bytes.
 	cloneGrowth = 40e9
+	// idleFloor is the free disk in bytes below which a node without VMs gives up its states.
+	idleFloor = 5e9
+	// unknownMemory stands for a memory that neither pool nor image names: the most that a
+	// driver gives such a machine, in bytes.
+	unknownMemory = 8 << 30
+	// blockSize is the unit of stat's count of blocks, in bytes, whatever the file system's.
+	blockSize = 512
 )
 
 // usesStates reports whether VMs of an order may start from saved states. Only Paddock's
@@ -109,28 +119,11 @@ func (a *Agent) wake(ctx context.Context, l *life) error {
 	return nil
 }
 
-// greetSaved is greet of a VM that started from a saved state, up to where it could be
-// called warm. If it fails, the state goes.
-func (a *Agent) greetSaved(ctx context.Context, l *life, p seat) error {
-	bounded, cancel := context.WithTimeoutCause(ctx, restoreTime, &ending{
-		Reason: fmt.Sprintf("its guest did not answer within %v of a start from a saved state, which was removed", restoreTime), Failed: true, late: true})
-	defer cancel()
-	err := a.reach(bounded, l)
-	if err == nil {
-		if err = a.awaken(bounded, l); err != nil {
-			err = fmt.Errorf("after a start from a saved state, which was removed: %w", err)
-		}
-	}
-	if err != nil && !wasEnded(ctx) {
-		a.spoil(p)
-	}
-	return because(bounded, err)
-}
-
 // save keeps the state of a machine that has just booted cold, for later VMs. It is done
 // before the VM is warm, never later: then it may get a runner at any moment, and a
-// runner's JIT config is in its memory. So the first VM of a seat waits for it (0.1 s on
-// QEMU, seconds for a Mac's 8 GB), and each later one gains more than that.
+// runner's JIT config is in its memory; nor does a person get in before (contactOf). So
+// the first VM of a seat waits for it (0.1 s on QEMU, seconds for a Mac's 8 GB), and each
+// later one gains more than that.
 func (a *Agent) save(ctx context.Context, l *life) error {
 	p := a.recordOf(l).Seat
 	saver, ok := l.machine.(vm.Saver)
@@ -142,32 +135,43 @@ func (a *Agent) save(ctx context.Context, l *life) error {
 	}
 	defer a.saving.Unlock()
 	dir, err := a.states.begin(*p)
-	if err == nil {
-		err = a.saveInto(ctx, saver, dir)
-		if lost := a.reach(ctx, l); lost != nil { // saving has cut the connection
-			a.states.drop(*p)
-			return lost
-		}
-	}
-	if err == nil { // its clock stood still; and a guest that cannot be woken is not saved
-		err = a.awaken(ctx, l)
-	}
 	if err != nil {
-		a.states.drop(*p)
-		if ctx.Err() == nil {
-			a.states.fail(*p, errors.Is(err, vm.ErrUnsupported) || errors.Is(err, guest.ErrUnsupported))
-			a.log.Warn("the machine's state was not saved", "vm", l.order.ID, "image", l.order.Image.Short(), "error", err)
-		}
+		a.unsaved(ctx, l, *p, err)
 		return nil
 	}
-	l.watching.Go(func() { a.finishState(l, *p) })
+	err = a.saveInto(ctx, saver, dir)
+	// Saving has cut the connection, and the guest's clock stood still, unless the driver
+	// did nothing at all; a guest that cannot be woken is not saved.
+	again, cancel := context.WithTimeoutCause(ctx, restoreTime, &ending{
+		Reason: fmt.Sprintf("its guest did not answer within %v after its state was saved", restoreTime), Failed: true})
+	defer cancel()
+	lost := a.reach(again, l)
+	if lost == nil && !errors.Is(err, vm.ErrUnsupported) {
+		err = errors.Join(err, a.awaken(again, l))
+	}
+	if err := errors.Join(err, lost); err != nil {
+		a.unsaved(ctx, l, *p, err)
+		return because(again, lost)
+	}
+	l.writing.Go(func() { a.finishState(l, *p) })
 	return nil
 }
 
+// unsaved removes what was written of a state, and counts that it failed unless somebody
+// ended the VM meanwhile.
+func (a *Agent) unsaved(ctx context.Context, l *life, p seat, err error) {
+	a.states.drop(p)
+	if wasEnded(ctx) {
+		return
+	}
+	a.states.fail(p, errors.Is(err, vm.ErrUnsupported) || errors.Is(err, guest.ErrUnsupported))
+	a.log.Warn("the machine's state was not saved", "vm", l.order.ID, "image", l.order.Image.Short(), "error", err)
+}
+
 func (a *Agent) saveInto(ctx context.Context, saver vm.Saver, dir string) error {
-	ctx, cancel := context.WithTimeout(ctx, saveTime)
+	ctx, cancel := context.WithTimeoutCause(ctx, saveTime, fmt.Errorf("saving took longer than %v", saveTime))
 	defer cancel()
-	return saver.Save(ctx, dir)
+	return because(ctx, saver.Save(ctx, dir))
 }
 
 // finishState brings a saved state to disk while its VM is warm already.
@@ -196,29 +200,62 @@ func (a *Agent) stateMargin() int64 {
 	return int64(a.c.Slots) * cmp.Or(growth, cloneGrowth)
 }
 
-// roomForState reports whether the disk has room for the VM's memory beside what the
-// clones may grow by.
+// roomForState reports whether the disk has room for what a state of the VM takes, beside
+// what the clones may grow by.
 func (a *Agent) roomForState(l *life) bool {
 	if a.c.Free == nil {
 		return true
 	}
 	free, err := a.c.Free()
-	if err != nil || free-l.order.Memory < a.stateMargin() {
-		a.log.Info("no state is saved: too little disk space is free", "vm", l.order.ID, "free", free, "kept_free", a.stateMargin(), "error", err)
+	takes := int64(0)
+	if err == nil {
+		takes, err = a.stateSize(l)
+	}
+	if err != nil || free-takes < a.stateMargin() {
+		a.log.Info("no state is saved: too little disk space is free", "vm", l.order.ID, "free", free, "takes", takes, "kept_free", a.stateMargin(), "error", err)
 		return false
 	}
 	return true
 }
 
+// stateSize is what a state of the VM takes on disk, in bytes: its memory and, where files
+// cannot share blocks, its disk.
+func (a *Agent) stateSize(l *life) (int64, error) {
+	dir, size := a.cloneDir(l.order.ID), l.order.Memory
+	if size == 0 {
+		c, err := vm.ReadConfig(dir)
+		if err != nil {
+			return 0, err
+		}
+		size = cmp.Or(c.MemorySize, max(c.MemorySizeMin, unknownMemory))
+	}
+	if a.c.CanShare != nil {
+		shared, err := a.c.CanShare()
+		if err == nil && shared {
+			return size, nil
+		}
+	}
+	var disk unix.Stat_t
+	if err := unix.Stat(filepath.Join(dir, vm.DiskFile), &disk); err != nil {
+		return 0, fmt.Errorf("measuring the disk: %w", err)
+	}
+	return size + disk.Blocks*blockSize, nil
+}
+
 // relieve gives the room of saved states back when the disk fills up, before VMs have to
 // wait for it: a quarter below where states are saved, so that it does not go to and fro.
+// Without VMs nothing grows, and nobody says by how much it would: only a disk that is
+// nearly full counts then.
 func (a *Agent) relieve(free int64) {
-	if free < a.stateMargin()/4*3 && a.hasVMs() {
+	floor := a.stateMargin() / 4 * 3
+	if !a.hasVMs() {
+		floor = min(floor, idleFloor)
+	}
+	if free < floor {
 		a.states.sweep("the disk fills up", func(seat) bool { return true })
 	}
 }
 
-// hasVMs: without any, nothing grows, and nobody says by how much it would.
 func (a *Agent) hasVMs() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -27,8 +27,14 @@ type yardStates struct {
 	stateErr error // what a start from a state fails with
 	wakeErr  error // what a guest says to Wake
 	mute     bool  // guests that started from a state never answer
-	entropy  map[string]bool
-	faults   []string // what must never happen
+
+	stateHang bool          // a start from a state does not return before its context ends
+	stillborn bool          // machines from a state end at once
+	saveTakes time.Duration // how long Save takes
+	saveStops bool          // machines stand still after Save
+	saving    func()        // called in Save
+	entropy   map[string]bool
+	faults    []string // what must never happen
 }
 
 // yardPorts is how machines are reached beside the agent.
@@ -81,6 +87,13 @@ func (y *yard) restore(spec vm.Spec) (memory, error) {
 func (m *machine) Save(ctx context.Context, dir string) error {
 	m.yard.mu.Lock()
 	defer m.yard.mu.Unlock()
+	takes, saving := m.yard.saveTakes, m.yard.saving
+	m.yard.mu.Unlock()
+	pause(ctx, takes)
+	if saving != nil {
+		saving()
+	}
+	m.yard.mu.Lock()
 	if m.yard.tries++; !m.yard.saves {
 		return vm.ErrUnsupported
 	}
@@ -95,7 +108,13 @@ func (m *machine) Save(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	err = errors.Join(os.WriteFile(filepath.Join(dir, vm.DiskFile), disk, 0o600), m.yard.saveErr)
+	config, err := os.ReadFile(filepath.Join(m.spec.Dir, vm.ConfigFile))
+	if err != nil {
+		return err
+	}
+	err = errors.Join(
+		os.WriteFile(filepath.Join(dir, vm.ConfigFile), config, 0o600),
+		os.WriteFile(filepath.Join(dir, vm.DiskFile), disk, 0o600), m.yard.saveErr)
 	if err == nil {
 		err = errors.Join(
 			os.WriteFile(filepath.Join(dir, vm.IdentityFile), []byte(m.memory.Identity), 0o600),
@@ -104,7 +123,7 @@ func (m *machine) Save(ctx context.Context, dir string) error {
 	for _, c := range m.conns {
 		_ = c.Close()
 	}
-	m.conns = nil
+	m.conns, m.frozen = nil, m.yard.saveStops
 	return errors.Join(err, ctx.Err())
 }
 

@@ -3,6 +3,7 @@ package node
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -87,11 +88,12 @@ func (s *shelf) Lease(d fleet.Digest, holder string) (func() error, error) {
 	}, nil
 }
 
-func (s *shelf) Clone(_ context.Context, _ fleet.Digest, dir string, _ int64) error {
+// Clone names the image in its errors, as the real store does.
+func (s *shelf) Clone(_ context.Context, d fleet.Digest, dir string, _ int64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.cloneErr != nil {
-		return s.cloneErr
+		return fmt.Errorf("cloning image %s: %w", d.Short(), s.cloneErr)
 	}
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return err

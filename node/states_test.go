@@ -149,20 +149,33 @@ func TestStateFailures(t *testing.T) {
 			tier: fleet.TierCold, third: fleet.TierCold, saves: 1},
 		{name: "saving fails halfway", before: func(s *stand) { s.yard.saveErr = errors.New("disk full") },
 			between: func(s *stand) { s.yard.saveErr = nil }, tier: fleet.TierCold, third: fleet.TierSaved, saves: 2},
-		{name: "the disk has no room", before: func(s *stand) { s.free.Store(cloneGrowth - 1) },
-			between: func(s *stand) { s.free.Store(cloneGrowth) }, tier: fleet.TierCold, third: fleet.TierSaved, saves: 1},
+		{name: "the disk has no room", before: func(s *stand) { s.free.Store(cloneGrowth + unknownMemory - 1) },
+			between: func(s *stand) { s.free.Store(2 * cloneGrowth) }, tier: fleet.TierCold, third: fleet.TierSaved, saves: 1},
 		{name: "the disk fills up", between: func(s *stand) { s.free.Store(cloneGrowth / 2) },
 			tier: fleet.TierCold, third: fleet.TierCold, saves: 1},
-		{name: "the state is broken: cold within the same life", between: func(s *stand) { s.yard.stateErr = fmt.Errorf("of another version: %w", vm.ErrState) },
-			tier: fleet.TierCold, third: fleet.TierCold, saves: 3},
 		{name: "no slot on the host: the state stays", between: func(s *stand) { s.yard.stateErr = vm.ErrAtCapacity },
-			tier: fleet.TierSaved, reason: "no free machine slot", third: fleet.TierSaved, saves: 1},
-		{name: "the start fails otherwise: the state goes", between: func(s *stand) { s.yard.stateErr = &vm.BootError{Err: errors.New("odd")} },
-			tier: fleet.TierSaved, reason: "booting from a saved state: machine did not boot: odd", third: fleet.TierCold, saves: 2},
+			tier: fleet.TierSaved, reason: "booting from a saved state: no free machine slot", third: fleet.TierSaved, saves: 1},
+		// Whatever else goes wrong, the same VM boots cold, and its state replaces the bad one.
+		{name: "the state is broken", between: func(s *stand) { s.yard.stateErr = fmt.Errorf("of another version: %w", vm.ErrState) },
+			tier: fleet.TierCold, third: fleet.TierCold, saves: 3},
+		{name: "the start fails otherwise", between: func(s *stand) { s.yard.stateErr = &vm.BootError{Err: errors.New("odd")} },
+			tier: fleet.TierCold, third: fleet.TierCold, saves: 3},
+		{name: "the start hangs", between: func(s *stand) { s.yard.stateHang = true },
+			tier: fleet.TierCold, third: fleet.TierCold, saves: 3},
+		{name: "the machine ends at once", between: func(s *stand) { s.yard.stillborn = true },
+			tier: fleet.TierCold, third: fleet.TierCold, saves: 3},
+		{name: "the machine from it will not go at first", between: func(s *stand) { s.yard.mute, s.yard.stubborn = true, 3 },
+			tier: fleet.TierCold, third: fleet.TierCold, saves: 3},
 		{name: "the guest cannot be woken", between: func(s *stand) { s.yard.wakeErr = errors.New("no such clock") },
-			tier: fleet.TierSaved, reason: "which was removed: waking the guest", third: fleet.TierCold, saves: 2},
+			tier: fleet.TierCold, third: fleet.TierCold, saves: 3},
 		{name: "the guest does not answer", between: func(s *stand) { s.yard.mute = true },
-			tier: fleet.TierSaved, reason: "did not answer within 1m0s of a start from a saved state", third: fleet.TierCold, saves: 2},
+			tier: fleet.TierCold, third: fleet.TierCold, saves: 3},
+		{name: "a file of the state cannot be cloned", between: func(s *stand) { s.damage(vm.IdentityFile, true) },
+			tier: fleet.TierCold, third: fleet.TierSaved, saves: 2},
+		{name: "the state has no disk", between: func(s *stand) { s.damage(vm.DiskFile, false) },
+			tier: fleet.TierCold, third: fleet.TierSaved, saves: 2},
+		{name: "the state has no VM config", between: func(s *stand) { s.damage(vm.ConfigFile, false) },
+			tier: fleet.TierCold, third: fleet.TierSaved, saves: 2},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -179,11 +192,12 @@ func TestStateFailures(t *testing.T) {
 					tt.between(s)
 				}
 				time.Sleep(time.Minute) // in which a sync looks at the disk
+				s.office.place(s.order("bbbbbbbb", jobGood))
+				time.Sleep(10 * time.Minute / savedShare) // the most that a bad state may cost
 				if tt.reason == "" {
-					s.warm(t, "bbbbbbbb", nil)
+					s.office.awaitState(t, "bbbbbbbb", fleet.VMWarm)
 					s.destroy(t, "bbbbbbbb")
 				} else {
-					s.office.place(s.order("bbbbbbbb", jobGood))
 					s.office.awaitDone(t, "bbbbbbbb")
 				}
 				r := s.office.report("bbbbbbbb")
@@ -194,7 +208,9 @@ func TestStateFailures(t *testing.T) {
 				if tt.reason != "" || tt.between == nil {
 					s.yard.stateErr, s.yard.wakeErr, s.yard.mute = nil, nil, false
 				}
-				if r := s.warm(t, "cccccccc", nil); r.Tier != tt.third {
+				s.office.place(s.order("cccccccc", jobGood))
+				time.Sleep(10 * time.Minute / savedShare)
+				if r := s.office.awaitState(t, "cccccccc", fleet.VMWarm); r.Tier != tt.third {
 					t.Errorf("the third VM: %+v", r)
 				}
 				s.destroy(t, "cccccccc")
@@ -205,6 +221,23 @@ func TestStateFailures(t *testing.T) {
 				s.checkEmpty(t)
 			})
 		})
+	}
+}
+
+// damage takes a file out of every state, and with dir puts a directory in its place.
+func (s *stand) damage(name string, dir bool) {
+	files, err := filepath.Glob(filepath.Join(s.dir, "states", "*", "*", name))
+	if err == nil && len(files) == 0 {
+		err = errors.New("no state has a " + name)
+	}
+	for _, f := range files {
+		err = errors.Join(err, os.Remove(f))
+		if dir {
+			err = errors.Join(err, os.Mkdir(f, 0o700))
+		}
+	}
+	if err != nil {
+		panic(err)
 	}
 }
 

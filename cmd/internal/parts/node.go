@@ -132,7 +132,8 @@ func NewNode(ctx context.Context, c NodeConfig) (*Node, error) {
 			return nil
 		},
 		SaveStates: c.Node.States(), CloneFile: cache.CloneFile,
-		Keep: c.Keep, Rate: images.Rate, Free: images.Free, Log: c.Log,
+		CanShare: func() (bool, error) { return cache.CanShare(c.Node.Dir) },
+		Keep:     c.Keep, Rate: images.Rate, Free: images.Free, Log: c.Log,
 	})
 	if err != nil {
 		return nil, errors.Join(err, images.Close())
