@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"os"
 	"os/exec"
 	"sync"
 	"syscall"
@@ -39,7 +40,7 @@ func (m *machine) live(ctx context.Context, cmd *exec.Cmd, t tree) {
 	}()
 	select {
 	case <-exited:
-		m.exit = vm.Exit{At: time.Now().UTC(), Reason: cmd.ProcessState.String()}
+		m.exit = vm.Exit{At: time.Now().UTC(), Reason: reasonOf(cmd.ProcessState)}
 	case <-m.ending:
 		m.exit = vm.Exit{At: time.Now().UTC(), Reason: "destroyed"}
 		// Stopped, the guest starts nothing more and still inherits what is orphaned,
@@ -96,4 +97,15 @@ func (m *machine) Destroy(ctx context.Context) error {
 	case <-ctx.Done():
 		return fmt.Errorf("destroying the machine: %w", ctx.Err())
 	}
+}
+
+// stolen is the reason of a guest whose exit status another driver in this process took,
+// while it reaped.
+const stolen = "killed, and reaped by another driver"
+
+func reasonOf(s *os.ProcessState) string {
+	if s == nil {
+		return stolen
+	}
+	return s.String()
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"time"
 
@@ -22,6 +23,7 @@ type proc struct {
 	pid, parent, session int
 	zombie               bool
 	marked               bool
+	dying                bool // it has no memory any more, and is no zombie yet
 }
 
 // tree is the processes of one machine.
@@ -76,12 +78,46 @@ func (t *tree) end(ctx context.Context) error {
 	limit, cancel := context.WithTimeout(ctx, killLimit)
 	defer cancel()
 	err := t.killAll(limit, true, 0)
-	for pid := range t.seen {
-		if pid != t.root { // os/exec waits for that one
-			reap(pid)
+	t.reapAll(limit)
+	return err
+}
+
+// reapAll takes the exit statuses of what was killed and became our child, and waits for
+// what is still on its way there: a process with threads looks dead before they all are,
+// and its children become ours only then.
+func (t *tree) reapAll(ctx context.Context) {
+	open := maps.Clone(t.seen)
+	delete(open, t.root) // os/exec waits for that one
+	for pause := time.Millisecond; ; pause = min(2*pause, 20*time.Millisecond) {
+		for pid := range open {
+			if t.reaped(pid) {
+				delete(open, pid)
+			}
+		}
+		if len(open) == 0 {
+			return
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return // it is dead, and nobody's but the kernel's
 		}
 	}
-	return err
+}
+
+// reaped reports whether nothing is left to do for a dead process: it was our child and
+// is no more, or it is that of a process which is none of the machine's.
+func (t *tree) reaped(pid int) bool {
+	for {
+		switch n, err := unix.Wait4(pid, nil, unix.WNOHANG, nil); {
+		case errors.Is(err, unix.EINTR):
+		case err == nil:
+			return n == pid // else it is our child, and its threads are still ending
+		default:
+			parent := parentOf(pid)
+			return parent == 0 || !t.seen[parent] && parent != os.Getpid()
+		}
+	}
 }
 
 // killAll kills and looks again until nothing but spare lives. A process that forks
@@ -100,6 +136,11 @@ func (t *tree) killAll(ctx context.Context, byMark bool, spare int) error {
 			return fmt.Errorf("listing processes: %w", err)
 		}
 		alive := 0
+		for _, p := range all { // killed by somebody, and no longer to be told by its mark
+			if p.dying && t.seen[p.pid] {
+				alive++
+			}
+		}
 		for pid, p := range members(all, t.root, os.Getpid()) {
 			if pid == spare {
 				continue
@@ -117,15 +158,6 @@ func (t *tree) killAll(ctx context.Context, byMark bool, spare int) error {
 		case <-time.After(pause): // a killed process needs a moment to die
 		case <-ctx.Done():
 			return fmt.Errorf("%d processes of the machine do not die: %w", alive, ctx.Err())
-		}
-	}
-}
-
-// reap takes an orphan's exit status if it became our child; else its parent does.
-func reap(pid int) {
-	for {
-		if _, err := unix.Wait4(pid, nil, unix.WNOHANG, nil); !errors.Is(err, unix.EINTR) {
-			return
 		}
 	}
 }

@@ -46,7 +46,9 @@ func processes(mark string) ([]proc, error) {
 			return nil, fmt.Errorf("process %d: %w", pid, err)
 		}
 		p.pid = pid
-		p.marked = mark != "" && !p.zombie && hasEnv(name, mark)
+		if mark != "" && !p.zombie {
+			p.marked, p.dying = lookInside(name, mark)
+		}
 		all = append(all, p)
 	}
 	return all, nil
@@ -75,10 +77,25 @@ func parseStat(stat []byte) (proc, error) {
 	return proc{parent: parent, session: session, zombie: state == 'Z' || state == 'X'}, nil
 }
 
-func hasEnv(pid, mark string) bool {
+// lookInside reports whether a process has the mark in its environment, or none at all:
+// one that is being killed loses its memory a moment before it is a zombie.
+func lookInside(pid, mark string) (marked, dying bool) {
 	env, err := os.ReadFile(filepath.Join("/proc", pid, "environ"))
 	if err != nil {
-		return false // another user's, or ended
+		return false, false // another user's, or ended
 	}
-	return bytes.Contains(append([]byte{0}, env...), []byte("\x00"+mark+"\x00"))
+	return bytes.Contains(append([]byte{0}, env...), []byte("\x00"+mark+"\x00")), len(env) == 0
+}
+
+// parentOf is a process's parent, 0 if the process is gone.
+func parentOf(pid int) int {
+	stat, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
+	if err != nil {
+		return 0
+	}
+	p, err := parseStat(stat)
+	if err != nil {
+		return 0
+	}
+	return p.parent
 }
