@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"net"
 	"net/http"
@@ -42,6 +43,9 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(code)
 	}
+	// Stories mostly wait, so more of them run at once than there are processors, unless the
+	// command line says otherwise.
+	_ = flag.Set("test.parallel", "6")
 	// Scripts call this binary as "paddock", which is what Main arranges; it exits.
 	testscript.Main(m, map[string]func(){"paddock": main})
 }
