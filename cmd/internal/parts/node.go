@@ -116,7 +116,7 @@ func NewNode(ctx context.Context, c NodeConfig) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	images, err := openImages(cache.Config{Dir: filepath.Join(c.Node.Dir, "images"), Fetcher: fetcher, Streams: c.Node.Streams, Log: c.Log})
+	images, err := openImages(ctx, cache.Config{Dir: filepath.Join(c.Node.Dir, "images"), Fetcher: fetcher, Streams: c.Node.Streams, Log: c.Log})
 	if err != nil {
 		return nil, err
 	}
@@ -143,11 +143,21 @@ func NewNode(ctx context.Context, c NodeConfig) (*Node, error) {
 
 // openImages waits up to two seconds for the store's lock: an agent that was killed
 // between fork and exec of a helper leaves it held for that moment.
-func openImages(c cache.Config) (*cache.Store, error) {
-	for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+func openImages(ctx context.Context, c cache.Config) (*cache.Store, error) {
+	late := time.After(2 * time.Second)
+	again := time.NewTicker(50 * time.Millisecond)
+	defer again.Stop()
+	for {
 		images, err := cache.Open(c)
-		if !errors.Is(err, cache.ErrInUse) || time.Now().After(deadline) {
+		if !errors.Is(err, cache.ErrInUse) {
 			return images, err
+		}
+		select {
+		case <-again.C:
+		case <-late:
+			return nil, err
+		case <-ctx.Done():
+			return nil, ctx.Err()
 		}
 	}
 }
