@@ -73,7 +73,7 @@ type Node struct {
 	// Failures counts recent failed boots and pulls; 0: healthy.
 	Failures int
 	// Failing are pools whose VMs failed here one after the other: the node takes no more
-	// of them for now. Nil: none.
+	// of them in this pass. Nil: none.
 	Failing map[fleet.PoolName]bool
 }
 

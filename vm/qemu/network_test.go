@@ -118,7 +118,7 @@ func TestShare(t *testing.T) {
 	}
 	s.Mounts = []fleet.Mount{{Name: "work", Path: shared}}
 	m := boot(t, newDriver(t, qemu.Config{}), s)
-	got := sh(t, dial(t, m), "mkdir -p /mnt/work && mount -t virtiofs work /mnt/work && cat /mnt/work/from-host && echo hello, host > /mnt/work/from-guest")
+	got := sh(t, dial(t, m), "mkdir -p /mnt/share && mount -t virtiofs work /mnt/share && cat /mnt/share/from-host && echo hello, host > /mnt/share/from-guest")
 	if got != "hello, guest" {
 		t.Errorf("the guest read %q", got)
 	}
