@@ -25,6 +25,9 @@ const (
 	RouteVMSession   = "/v1/vms/{id}/session"          // POST ?kind=&port=&once= by HTTP/1.1 with Upgrade: paddock-stream → 101 and a raw stream, once the VM's node has answered (else 502, or 504 after 20 s)
 	RouteNodeSession = "/v1/nodes/{id}/sessions/{sid}" // POST with the same Upgrade → 101 and the other end of the stream, or without it Error → nothing, which is what the caller is told (421: another replica holds the session, try again)
 
+	RouteChunks    = "/v1/nodes/{id}/chunks"     // POST ChunksRequest → ChunksReply
+	RoutePullToken = "/v1/nodes/{id}/pull-token" // POST PullTokenRequest → PullTokenReply
+
 	RouteHealth  = "/healthz" // the process runs
 	RouteReady   = "/readyz"  // the store answers
 	RouteMetrics = "/metrics" // Prometheus

@@ -91,6 +91,13 @@ type SyncReply struct {
 	// Sessions are people who wait to be connected to a VM here.
 	Sessions []SessionOrder `json:"sessions,omitempty"`
 
+	// PeerKey checks the tokens that other nodes show at this node's peer port: base64 of
+	// an Ed25519 public key.
+	PeerKey string `json:"peer_key,omitempty"`
+	// Bandwidth is this node's share of what the fleet may move from outside, in bytes per
+	// second; 0: no limit.
+	Bandwidth int64 `json:"bandwidth,omitempty"`
+
 	// Credential is a renewed one, to be kept instead of the node's own; mostly empty. Its
 	// first use ends the old one.
 	Credential string `json:"credential,omitempty"`

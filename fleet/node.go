@@ -21,6 +21,12 @@ type Node struct {
 
 	Images []NodeImage `json:"images,omitempty"`
 
+	// Site is where the node is: nodes of one site fetch from each other. Empty: the one
+	// site of a fleet that names none.
+	Site string `json:"site,omitempty"`
+	// Peer is where other nodes of the site reach it; zero: it serves nobody.
+	Peer NodePeer `json:"peer,omitzero"`
+
 	// Session is random for each start of the agent; (Session, Sequence) orders reports.
 	Session  string `json:"session"`
 	Sequence int64  `json:"sequence"`
@@ -33,6 +39,12 @@ type Node struct {
 	SeenAt   time.Time `json:"seen_at,omitzero"`
 
 	Rev int64 `json:"-"`
+}
+
+// NodePeer is a node's port for other nodes.
+type NodePeer struct {
+	Address     string `json:"address"`     // host:port
+	Certificate string `json:"certificate"` // hex SHA-256 of the certificate it shows
 }
 
 // Image returns the node's word on an image; ok is false if it has none.

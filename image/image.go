@@ -170,6 +170,25 @@ func DigestOf(b []byte) fleet.Digest {
 
 func digest(sum []byte) fleet.Digest { return fleet.Digest("sha256:" + hex.EncodeToString(sum)) }
 
+// Mark is a place in a blob where its decoding can begin anew: a border of blocks.
+type Mark struct {
+	In, Out int64 // bytes of the blob before it, and of the content
+	// Window is the content just before Out that the next block may refer to: 64 KiB, or
+	// all there is if less.
+	Window []byte
+}
+
+// Decoder decodes one blob, a block at a time. It is used by one goroutine.
+type Decoder interface {
+	// Next returns the content of the next block, at most 1 MiB, valid until the next
+	// call. After the last block, when all of the content came and nothing follows it, it
+	// fails with io.EOF; what is wrong with the blob is an error that says at which offset.
+	Next() ([]byte, error)
+	// Mark is the border behind the last Next, without its Window. All that was read of
+	// the blob is before In.
+	Mark() Mark
+}
+
 // Codec is one image format. Codecs hold no state and are safe for concurrent use.
 type Codec interface {
 	// Name is the format's name, for people.
