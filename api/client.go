@@ -171,6 +171,17 @@ func (c *Client) RemoveNode(ctx context.Context, id fleet.NodeID) (NodeRow, erro
 	return call[NodeRow](ctx, c, http.MethodDelete, path(RouteNode, string(id)), nil)
 }
 
+// Chunks tells what a node has and fetches of an image that it pulls, and returns what it
+// may fetch from outside and who has the rest. It answers at once.
+func (c *Client) Chunks(ctx context.Context, node fleet.NodeID, r ChunksRequest) (ChunksReply, error) {
+	return call[ChunksReply](ctx, c, http.MethodPost, path(RouteChunks, string(node)), r)
+}
+
+// PullToken buys a registry's token for a node with the controller's credentials.
+func (c *Client) PullToken(ctx context.Context, node fleet.NodeID, r PullTokenRequest) (PullTokenReply, error) {
+	return call[PullTokenReply](ctx, c, http.MethodPost, path(RoutePullToken, string(node)), r)
+}
+
 // VMs lists the VMs, by node and id.
 func (c *Client) VMs(ctx context.Context) ([]VMRow, error) {
 	return call[[]VMRow](ctx, c, http.MethodGet, RouteVMs, nil)

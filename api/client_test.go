@@ -77,6 +77,14 @@ func TestCalls(t *testing.T) {
 		"nodes":    {func(ctx context.Context, c *Client) error { _, err := c.Nodes(ctx); return err }, "GET", "/v1/nodes"},
 		"cordon":   {func(ctx context.Context, c *Client) error { _, err := c.Cordon(ctx, "mac1"); return err }, "POST", "/v1/nodes/mac1/cordon"},
 		"uncordon": {func(ctx context.Context, c *Client) error { _, err := c.Uncordon(ctx, "a/b"); return err }, "POST", "/v1/nodes/a%2Fb/uncordon"},
+		"chunks": {func(ctx context.Context, c *Client) error {
+			_, err := c.Chunks(ctx, "mac1", ChunksRequest{Pieces: 3})
+			return err
+		}, "POST", "/v1/nodes/mac1/chunks"},
+		"pull token": {func(ctx context.Context, c *Client) error {
+			_, err := c.PullToken(ctx, "mac1", PullTokenRequest{Repository: "ghcr.io/acme/macos"})
+			return err
+		}, "POST", "/v1/nodes/mac1/pull-token"},
 		"vms":      {func(ctx context.Context, c *Client) error { _, err := c.VMs(ctx); return err }, "GET", "/v1/vms"},
 		"images":   {func(ctx context.Context, c *Client) error { _, err := c.Images(ctx); return err }, "GET", "/v1/images"},
 		"jobs":     {func(ctx context.Context, c *Client) error { _, err := c.Jobs(ctx, ""); return err }, "GET", "/v1/jobs"},
