@@ -21,6 +21,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"strings"
+	"sync"
 	"syscall"
 )
 
@@ -29,6 +30,7 @@ func main() {
 	flag.Var(&dirs, "dir", "a module's directory; may be repeated (default: the working directory)")
 	flag.Var(&also, "also", "one more run in the working directory: `NAME=value… arguments` of go test; may be repeated")
 	flag.Var(&need, "need", "a `PACKAGE.Test` that must have passed in one of the runs; may be repeated")
+	atOnce := flag.Int("at-once", 1, "runs at once, begun in the order of the modules; lines are never mixed within a package")
 	flag.Parse()
 	if len(dirs) == 0 {
 		dirs = list{"."}
@@ -44,11 +46,7 @@ func main() {
 	defer stop()
 
 	t := newTally(os.Stdout, need...)
-	for _, r := range runs {
-		if err := run(ctx, t, r); err != nil {
-			t.broken(r.String(), err)
-		}
-	}
+	runAll(ctx, t, runs, *atOnce)
 	if !t.close(strict(os.Getenv("CI"))) {
 		stop()
 		os.Exit(1)
@@ -85,6 +83,26 @@ func oneMore(line string) testRun {
 	return r
 }
 
+// runAll does the runs, some at once: one that mostly waits leaves its time to another.
+func runAll(ctx context.Context, t *tally, runs []testRun, atOnce int) {
+	next := make(chan testRun)
+	var lanes sync.WaitGroup
+	for range max(1, atOnce) {
+		lanes.Go(func() {
+			for r := range next {
+				if err := run(ctx, t, r); err != nil {
+					t.broken(r.String(), err)
+				}
+			}
+		})
+	}
+	for _, r := range runs {
+		next <- r
+	}
+	close(next)
+	lanes.Wait()
+}
+
 // run tests one module. Failing tests are the tally's affair; an error means that go
 // test itself could not do its work.
 func run(ctx context.Context, t *tally, r testRun) error {
@@ -101,14 +119,13 @@ func run(ctx context.Context, t *tally, r testRun) error {
 	if err := c.Start(); err != nil {
 		return fmt.Errorf("starting go test: %w", err)
 	}
-	before := t.failed
-	readErr := t.read(out)
+	failures, readErr := t.read(out)
 	_, _ = io.Copy(io.Discard, out) // or go test would wait for a reader
 	waitErr := c.Wait()
 	if readErr != nil {
 		return readErr
 	}
-	if waitErr != nil && t.failed == before {
+	if waitErr != nil && failures == 0 {
 		return fmt.Errorf("go test: %w, and no test failed", waitErr)
 	}
 	return nil

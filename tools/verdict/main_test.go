@@ -52,3 +52,27 @@ func TestAnotherBuildCounts(t *testing.T) {
 		}
 	}
 }
+
+// Two runs side by side: each one's test waits for a sign of the other, and their package,
+// which is the same by name, is told once for each.
+func TestRunsSideBySide(t *testing.T) {
+	signs, runs := t.TempDir(), []testRun{}
+	for me, other := range map[string]string{"a": "b", "b": "a"} {
+		dir := t.TempDir()
+		for name, text := range map[string]string{
+			"go.mod":    "module x\n\ngo 1.26\n",
+			"x_test.go": "package x\n\nimport (\n\t\"os\"\n\t\"testing\"\n\t\"time\"\n)\n\nfunc TestX(t *testing.T) {\n\tdir := os.Getenv(\"SIGNS\")\n\tos.Create(dir + \"/\" + os.Getenv(\"ME\"))\n\tfor end := time.Now().Add(2 * time.Minute); time.Now().Before(end); time.Sleep(time.Millisecond) {\n\t\tif _, err := os.Stat(dir + \"/\" + os.Getenv(\"OTHER\")); err == nil {\n\t\t\treturn\n\t\t}\n\t}\n\tt.Fatal(\"alone\")\n}\n",
+		} {
+			if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		runs = append(runs, testRun{dir: dir, env: []string{"SIGNS=" + signs, "ME=" + me, "OTHER=" + other}, args: []string{"-count=1", "./..."}})
+	}
+	var out bytes.Buffer
+	tally := newTally(&out)
+	runAll(t.Context(), tally, runs, 2)
+	if !tally.close(true) || strings.Count(out.String(), "ok  \tx\t") != 2 || !strings.Contains(out.String(), "2 passed, 0 failed") {
+		t.Errorf("printed:\n%s", &out)
+	}
+}

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 )
 
 // event is one line of test2json (go doc test2json).
@@ -19,12 +20,20 @@ type event struct {
 	Output     string
 }
 
-// tally reads events, prints what is worth reading and counts.
+// tally prints what is worth reading and counts, over all runs.
 type tally struct {
+	mu                      sync.Mutex // runs read side by side; held for one event
 	out                     io.Writer
 	passed, failed, skipped int
-	packages                map[string]*progress
+	cut                     []string        // packages whose run ended before they did
 	needed                  map[string]bool // by package and name, whether it has passed
+}
+
+// reading is one run's events. A package may be in two runs, of different builds.
+type reading struct {
+	*tally
+	packages map[string]*progress
+	failures int // in this run
 }
 
 // progress is what is kept of a package until it is finished: packages run side by
@@ -38,25 +47,30 @@ type progress struct {
 // newTally makes a tally that is good only if the tests of need have passed, each named
 // by its package's import path, a dot and its own name.
 func newTally(out io.Writer, need ...string) *tally {
-	t := &tally{out: out, packages: map[string]*progress{}, needed: map[string]bool{}}
+	t := &tally{out: out, needed: map[string]bool{}}
 	for _, name := range need {
 		t.needed[name] = false
 	}
 	return t
 }
 
-// read takes one run's events until the end of the stream.
-func (t *tally) read(r io.Reader) error {
+// read takes one run's events until the end of the stream, and returns how many of its
+// tests failed.
+func (t *tally) read(r io.Reader) (failures int, err error) {
+	one := &reading{tally: t, packages: map[string]*progress{}}
+	err = one.all(r)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.cut = slices.AppendSeq(t.cut, maps.Keys(one.packages))
+	return one.failures, err
+}
+
+func (t *reading) all(r io.Reader) error {
 	lines := bufio.NewReader(r) // not a Scanner: a test may print a line of any length
 	for {
 		line, err := lines.ReadBytes('\n')
 		if len(line) > 0 {
-			var e event
-			if json.Unmarshal(line, &e) == nil && e.Action != "" {
-				t.add(e)
-			} else {
-				fmt.Fprintf(t.out, "%s", line) // not an event: somebody wrote past go test
-			}
+			t.line(line)
 		}
 		if err == io.EOF {
 			return nil
@@ -67,7 +81,19 @@ func (t *tally) read(r io.Reader) error {
 	}
 }
 
-func (t *tally) add(e event) {
+func (t *reading) line(line []byte) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var e event
+	if json.Unmarshal(line, &e) == nil && e.Action != "" {
+		t.add(e)
+	} else {
+		fmt.Fprintf(t.out, "%s", line) // not an event: somebody wrote past go test
+	}
+}
+
+// add takes one event; t.mu is held.
+func (t *reading) add(e event) {
 	if e.Action == "build-output" {
 		fmt.Fprint(t.out, e.Output)
 		return
@@ -104,14 +130,15 @@ func (t *tally) add(e event) {
 		delete(p.tests, e.Test)
 	case "fail":
 		t.failed++
+		t.failures++
 		p.failed++
 		fmt.Fprintf(t.out, "%s (%s)\n%s", e.Test, e.Package, trim(output.String()))
 		delete(p.tests, e.Test)
 	}
 }
 
-// addPackage takes an event of a package as a whole.
-func (t *tally) addPackage(p *progress, e event) {
+// addPackage takes an event of a package as a whole; t.mu is held.
+func (t *reading) addPackage(p *progress, e event) {
 	switch e.Action {
 	case "output":
 		if e.Output != "PASS\n" && e.Output != "FAIL\n" {
@@ -126,6 +153,7 @@ func (t *tally) addPackage(p *progress, e event) {
 		// It did not compile, panicked, ran out of time, or its TestMain failed: what was
 		// running then is the best explanation.
 		t.failed++
+		t.failures++
 		for name, output := range p.tests {
 			fmt.Fprintf(t.out, "%s (%s) did not end\n%s", name, e.Package, trim(output.String()))
 		}
@@ -136,13 +164,17 @@ func (t *tally) addPackage(p *progress, e event) {
 
 // broken counts a run that could not be done at all.
 func (t *tally) broken(dir string, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
 	t.failed++
 	fmt.Fprintf(t.out, "FAIL\t%s: %v\n", dir, err)
 }
 
 // close prints the closing line and reports whether all is well.
 func (t *tally) close(strict bool) bool {
-	for name := range t.packages {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, name := range t.cut {
 		t.failed++
 		fmt.Fprintf(t.out, "FAIL\t%s: its run was cut off\n", name)
 	}

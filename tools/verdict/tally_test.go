@@ -32,7 +32,7 @@ const stream = `{"Action":"start","Package":"m/fine"}
 func TestTallyPrintsAndCounts(t *testing.T) {
 	var out strings.Builder
 	tally := newTally(&out)
-	if err := tally.read(strings.NewReader(stream)); err != nil {
+	if _, err := tally.read(strings.NewReader(stream)); err != nil {
 		t.Fatal(err)
 	}
 	if tally.close(false) {
@@ -76,7 +76,7 @@ func TestTallyVerdicts(t *testing.T) {
 	}
 	for _, test := range tests {
 		tally := newTally(&strings.Builder{})
-		if err := tally.read(strings.NewReader(test.stream)); err != nil {
+		if _, err := tally.read(strings.NewReader(test.stream)); err != nil {
 			t.Fatal(err)
 		}
 		if ok := tally.close(test.strict); ok != test.ok {
@@ -99,7 +99,7 @@ func TestTallyNeeds(t *testing.T) {
 	} {
 		var out strings.Builder
 		tally := newTally(&out, "m/vz.TestReal")
-		if err := tally.read(strings.NewReader(test.stream)); err != nil {
+		if _, err := tally.read(strings.NewReader(test.stream)); err != nil {
 			t.Fatal(err)
 		}
 		if ok := tally.close(false); ok != test.ok || ok == strings.Contains(out.String(), "m/vz.TestReal: it must pass") {
