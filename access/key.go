@@ -69,6 +69,7 @@ const (
 	purposeToken = "paddock token v1"
 	purposeJoin  = "paddock join v1"
 	purposeSeal  = "paddock seal v1"
+	purposePeer  = "paddock peer v1"
 )
 
 // subkey derives 32 bytes for one purpose.

@@ -49,8 +49,10 @@ func (t Token) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte(t.redacted())
 func (t Token) LogValue() slog.Value { return slog.StringValue(t.redacted()) }
 
 func (t Token) redacted() string {
-	if strings.HasPrefix(string(t), joinPrefix) {
-		return joinPrefix + redacted
+	for _, prefix := range []string{joinPrefix, peerPrefix} {
+		if strings.HasPrefix(string(t), prefix) {
+			return prefix + redacted
+		}
 	}
 	return tokenPrefix + redacted
 }
@@ -96,6 +98,8 @@ type claims struct {
 	Role        Role   `json:"role,omitempty"`
 	Certificate string `json:"cert,omitempty"`
 	URL         string `json:"url,omitempty"`
+
+	Image fleet.Digest `json:"img,omitempty"` // of a peer's grant
 	jwt.RegisteredClaims
 }
 
