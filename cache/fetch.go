@@ -44,7 +44,7 @@ func (f *fetch) manifest(ctx context.Context) error {
 	d := f.entry.Digest
 	m, codec, err := f.store.readManifest(f.partial.dir, d)
 	if err != nil {
-		raw, err := f.store.fetcher.Manifest(ctx, f.ref, d)
+		raw, err := f.fetchManifest(ctx)
 		if err != nil {
 			return fmt.Errorf("fetching the manifest: %w", err)
 		}
@@ -85,7 +85,10 @@ func (f *fetch) whole(ctx context.Context, kind string, b image.Blob, file strin
 	if b.Digest == "" { // an image without it: an empty file stands for it in clones
 		return diskError(writeFile(filepath.Join(f.partial.dir, file), nil))
 	}
-	body, err := f.store.fetcher.Blob(ctx, f.ref, b)
+	w := Want{Ref: f.ref, Image: f.entry.Digest, Chunk: image.Chunk{
+		Index: -1, Size: b.Size, Content: b.Digest, Blob: b.Digest, BlobSize: b.Size, MediaType: b.MediaType,
+	}}
+	body, err := f.open(ctx, w)
 	if err != nil {
 		return fmt.Errorf("fetching the %s (%s): %w", what, b.Digest.Short(), err)
 	}
@@ -142,8 +145,7 @@ func (f *fetch) chunk(ctx context.Context, c image.Chunk, offsets []int64) error
 		// A former try may have left anything here.
 		out.clean = punch(f.partial.disk, offsets, c.Size)
 	}
-	blob := image.Blob{Digest: c.Blob, Size: c.BlobSize, MediaType: c.MediaType}
-	body, err := f.store.fetcher.Blob(ctx, f.ref, blob)
+	body, err := f.open(ctx, Want{Ref: f.ref, Image: f.entry.Digest, Chunk: c})
 	if err != nil {
 		return err
 	}
@@ -159,11 +161,21 @@ func (f *fetch) chunk(ctx context.Context, c image.Chunk, offsets []int64) error
 	return diskError(f.partial.finished(f.partial.disk, item{aChunk, c.Content}))
 }
 
+// open opens a piece at the source that is chosen for it.
+func (f *fetch) open(ctx context.Context, w Want) (io.ReadCloser, error) {
+	s, err := f.choose(ctx, w, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer s.ended(nil)
+	return s.open(ctx, w, 0)
+}
+
 // transfer decodes a chunk from the wire to the disk and verifies both its digests.
 func (f *fetch) transfer(c image.Chunk, wire io.Reader, out io.Writer) error {
 	blob, content := sha256.New(), sha256.New()
 	in := bufio.NewReaderSize(io.TeeReader(wire, blob), readSize)
-	err := f.codec.Decode(io.MultiWriter(content, out), in, c)
+	err := image.Decode(f.codec, io.MultiWriter(content, out), in, c)
 	if err != nil && ClassOf(err) != ClassFormat {
 		return err
 	}

@@ -53,9 +53,18 @@ type Chunk struct {
 	BlobSize  int64        // bytes on the wire
 	MediaType string       // how Blob encodes Content
 
+	// Parts are the blobs whose bytes, one after the other, are the blob; nil: Blob is a
+	// blob itself. With them, nothing is known of the content before it is here: Blob and
+	// Content only stand for it, and it is the Parts' digests that are verified.
+	Parts []Blob
+
 	// Zero: the content is Size zero bytes, so no request is needed.
 	Zero bool
 }
+
+// Legacy reports whether the chunk is cut over several blobs, none of which can be decoded
+// without those before it.
+func (c *Chunk) Legacy() bool { return len(c.Parts) > 0 }
 
 // Manifest is an image as its registry describes it.
 type Manifest struct {
@@ -63,6 +72,8 @@ type Manifest struct {
 	Raw    []byte       // as it came: its bytes are its identity
 	Config Blob         // the VM config, uncompressed
 	NVRAM  Blob         // uncompressed; the zero Blob if there is none
+
+	ConfigLayer, NVRAMLayer int // among the manifest's layers, from 0
 
 	DiskSize int64 // bytes of the decoded disk
 	Chunks   []Chunk
@@ -170,25 +181,6 @@ func DigestOf(b []byte) fleet.Digest {
 
 func digest(sum []byte) fleet.Digest { return fleet.Digest("sha256:" + hex.EncodeToString(sum)) }
 
-// Mark is a place in a blob where its decoding can begin anew: a border of blocks.
-type Mark struct {
-	In, Out int64 // bytes of the blob before it, and of the content
-	// Window is the content just before Out that the next block may refer to: 64 KiB, or
-	// all there is if less.
-	Window []byte
-}
-
-// Decoder decodes one blob, a block at a time. It is used by one goroutine.
-type Decoder interface {
-	// Next returns the content of the next block, at most 1 MiB, valid until the next
-	// call. After the last block, when all of the content came and nothing follows it, it
-	// fails with io.EOF; what is wrong with the blob is an error that says at which offset.
-	Next() ([]byte, error)
-	// Mark is the border behind the last Next, without its Window. All that was read of
-	// the blob is before In.
-	Mark() Mark
-}
-
 // Codec is one image format. Codecs hold no state and are safe for concurrent use.
 type Codec interface {
 	// Name is the format's name, for people.
@@ -200,10 +192,10 @@ type Codec interface {
 	Parse(doc *Document) (*Manifest, error)
 	// CheckConfig refuses a VM config that no machine could be made from.
 	CheckConfig(raw []byte) error
-	// Decode writes the content of c to w, reading its blob from r to the end. It
-	// writes at most c.Size bytes, and fails unless it wrote exactly that many. The
-	// digests are the caller's to verify.
-	Decode(w io.Writer, r io.Reader, c Chunk) error
+	// NewDecoder begins to decode the blob of c at a mark; r goes on with the blob's byte
+	// at.In. The zero Mark is the blob's beginning. It keeps no reference to at.Window.
+	// The digests are the caller's to verify.
+	NewDecoder(r io.Reader, c Chunk, at Mark) (Decoder, error)
 }
 
 // Parse reads the raw bytes of a manifest with the first codec that recognizes one of

@@ -4,6 +4,8 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -155,5 +157,42 @@ func TestLayTookOneContentInTwoSizes(t *testing.T) {
 	m.Chunks = append(m.Chunks, chunk(3, 64<<10))
 	if err := m.Lay(-1); !errors.Is(err, ErrSizeMismatch) || !strings.Contains(err.Error(), "layer 3") {
 		t.Errorf("two sizes: %v; want %v of layer 3", err, ErrSizeMismatch)
+	}
+}
+
+// Pieces are numbered alike on every node: by the first chunk with the content, then the
+// NVRAM, then the VM config.
+func TestPieces(t *testing.T) {
+	d := func(c string) fleet.Digest { return fleet.Digest("sha256:" + strings.Repeat(c, 64)) }
+	zero, err := ZeroDigest(4096)
+	if err != nil {
+		t.Fatal(err)
+	}
+	chunk := func(layer int, content fleet.Digest) Chunk {
+		return Chunk{Layer: layer, Size: 4096, Content: content, Blob: d("b"), BlobSize: 100}
+	}
+	m := &Manifest{
+		Config: Blob{Digest: d("e"), Size: 500, MediaType: "config"}, ConfigLayer: 0,
+		NVRAM: Blob{Digest: d("f"), Size: 700, MediaType: "nvram"}, NVRAMLayer: 5,
+		Chunks: []Chunk{chunk(1, d("1")), chunk(2, zero), chunk(3, d("2")), chunk(4, d("1"))},
+	}
+	if err := m.Lay(-1); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, p := range m.Pieces() {
+		n, ok := m.Piece(p.Content)
+		got = append(got, fmt.Sprintf("%d %d %d %d %v", p.Index, p.Layer, p.Size, n, ok))
+	}
+	want := []string{"0 1 4096 0 true", "2 3 4096 2 true", "-1 5 700 4 true", "-2 0 500 5 true"}
+	if !slices.Equal(got, want) || m.PieceCount() != 6 {
+		t.Errorf("%d pieces: index, layer, size, number %q; want %q", m.PieceCount(), got, want)
+	}
+	if n, ok := m.Piece(d("9")); ok {
+		t.Errorf("content of another image is piece %d", n)
+	}
+	m.NVRAM = Blob{}
+	if n, ok := m.Piece(""); ok || len(m.Pieces()) != 3 {
+		t.Errorf("without NVRAM: %d pieces, and no content at all is piece %d", len(m.Pieces()), n)
 	}
 }

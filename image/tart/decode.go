@@ -7,6 +7,8 @@ import (
 	"io"
 
 	"github.com/pierrec/lz4/v4"
+
+	"github.com/paddock-ci/paddock/image"
 )
 
 // Apple's LZ4 framing, which is not the standard LZ4 frame:
@@ -42,6 +44,9 @@ var (
 	ErrTrailing  = errors.New("bytes follow the end of the stream")
 )
 
+// ErrMark: a mark that no stream of this size has, or one without its window.
+var ErrMark = errors.New("no place in this stream")
+
 // DecodeError says where a stream is bad: Offset in the compressed bytes (the start of
 // the block), Out in the decoded ones.
 type DecodeError struct {
@@ -55,32 +60,16 @@ func (e *DecodeError) Error() string {
 
 func (e *DecodeError) Unwrap() error { return e.Err }
 
-// Decode reads one whole Apple-LZ4 stream from r and writes its size decoded bytes to w,
-// a block at a time; a block is never larger than 1 MiB. What is wrong with the stream
-// is a *DecodeError; errors of r (other than its end) and of w are returned as they are.
-func Decode(w io.Writer, r io.Reader, size int64) error {
-	d := decoder{r: r, w: w, left: size}
-	for {
-		end, err := d.block()
-		if err != nil {
-			return d.locate(err)
-		}
-		if end {
-			return d.locate(d.finish())
-		}
-	}
-}
-
 // decoder is the state of one stream. Its memory is a block in, two blocks out and a
 // window at most: the previous block is the next one's window, so that blocks of 64 KiB
 // are decoded without a copy.
 type decoder struct {
 	r io.Reader
-	w io.Writer
 
 	in, out int64 // bytes consumed and produced before the current block
 	read    int64 // bytes consumed of the current block
 	left    int64 // decoded bytes still to come
+	ended   error // what Next said last, once it is not a block
 
 	header  [12]byte
 	encoded []byte
@@ -91,7 +80,47 @@ type decoder struct {
 	joined  []byte // what window lies in after a block shorter than it
 }
 
-// damage marks an error as the stream's, to be told from the reader's and writer's.
+// newDecoder begins a stream of size decoded bytes at a mark.
+func newDecoder(r io.Reader, size int64, at image.Mark) (*decoder, error) {
+	// Every block has bytes on both sides, so either both are 0 or none.
+	if at.In < 0 || at.Out < 0 || at.Out > size || (at.In == 0) != (at.Out == 0) {
+		return nil, fmt.Errorf("%w: compressed offset %d, decoded offset %d of %d", ErrMark, at.In, at.Out, size)
+	}
+	if want := min(at.Out, window); int64(len(at.Window)) != want {
+		return nil, fmt.Errorf("%w: a window of %d bytes at decoded offset %d, want %d", ErrMark, len(at.Window), at.Out, want)
+	}
+	d := &decoder{r: r, in: at.In, out: at.Out, left: size - at.Out}
+	if at.Out > 0 {
+		d.joined = make([]byte, window)
+		d.window = d.joined[:copy(d.joined, at.Window)]
+	}
+	return d, nil
+}
+
+// Next implements image.Decoder. Errors of the reader, other than its end, are returned as
+// they are.
+func (d *decoder) Next() ([]byte, error) {
+	if d.ended != nil {
+		return nil, d.ended
+	}
+	end, err := d.block()
+	if err == nil && end {
+		if err = d.finish(); err == nil {
+			d.ended = io.EOF
+			return nil, io.EOF
+		}
+	}
+	if err != nil {
+		d.ended = d.locate(err)
+		return nil, d.ended
+	}
+	return d.decoded, nil
+}
+
+// Mark implements image.Decoder.
+func (d *decoder) Mark() image.Mark { return image.Mark{In: d.in, Out: d.out} }
+
+// damage marks an error as the stream's, to be told from the reader's.
 type damage struct{ error }
 
 func (d damage) Unwrap() error { return d.error }
@@ -143,7 +172,8 @@ func (d *decoder) stored(size uint32) error {
 	if err := d.fill(d.decoded); err != nil {
 		return err
 	}
-	return d.emit()
+	d.emit()
+	return nil
 }
 
 // compressed decodes an LZ4 block with the window before it.
@@ -169,7 +199,8 @@ func (d *decoder) compressed(decoded, encoded uint32) error {
 	if n != int(decoded) {
 		return bad(ErrCorrupt, "it decodes to %d bytes, its header says %d", n, decoded)
 	}
-	return d.emit()
+	d.emit()
+	return nil
 }
 
 // admit checks a block's decoded size before anything is allocated for it.
@@ -191,11 +222,8 @@ func (d *decoder) grow(n int) {
 	d.decoded = d.buffers[d.turn][:n]
 }
 
-// emit writes the decoded block and makes it the window of the next.
-func (d *decoder) emit() error {
-	if _, err := d.w.Write(d.decoded); err != nil {
-		return err
-	}
+// emit moves behind the decoded block and makes it the window of the next.
+func (d *decoder) emit() {
 	n := len(d.decoded)
 	d.in += d.read
 	d.out += int64(n)
@@ -203,7 +231,7 @@ func (d *decoder) emit() error {
 	if n >= window {
 		d.window = d.decoded[n-window:]
 		d.turn = 1 - d.turn
-		return nil
+		return
 	}
 	// A short block (in practice only the last): the window spans two blocks, and is
 	// put together in a buffer of its own, in place.
@@ -212,7 +240,6 @@ func (d *decoder) emit() error {
 	}
 	kept := copy(d.joined, d.window[max(0, len(d.window)+n-window):])
 	d.window = d.joined[:kept+copy(d.joined[kept:], d.decoded)]
-	return nil
 }
 
 // finish checks that the stream ended where it should.

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"testing/iotest"
+
+	"github.com/paddock-ci/paddock/image"
 )
 
 func encode(t testing.TB, plain []byte) []byte {
@@ -35,7 +37,7 @@ func TestEncodeDecode(t *testing.T) {
 			stream := encode(t, plain)
 			var back bytes.Buffer
 			// One byte at a time: reads need not end at block borders.
-			if err := Decode(&back, iotest.OneByteReader(bytes.NewReader(stream)), int64(len(plain))); err != nil {
+			if err := decodeAll(&back, iotest.OneByteReader(bytes.NewReader(stream)), int64(len(plain))); err != nil {
 				t.Fatal(err)
 			}
 			if !bytes.Equal(back.Bytes(), plain) {
@@ -43,6 +45,11 @@ func TestEncodeDecode(t *testing.T) {
 			}
 		})
 	}
+}
+
+// decodeAll decodes a whole stream of size decoded bytes.
+func decodeAll(w io.Writer, r io.Reader, size int64) error {
+	return image.Decode(Codec{}, w, r, image.Chunk{Size: size, MediaType: MediaTypeDisk})
 }
 
 // block is a framed block.
@@ -86,7 +93,7 @@ func TestDecodeWindow(t *testing.T) {
 	}
 	stream = append(stream, magicEnd...)
 	var back bytes.Buffer
-	if err := Decode(&back, bytes.NewReader(stream), int64(len(plain))); err != nil {
+	if err := decodeAll(&back, bytes.NewReader(stream), int64(len(plain))); err != nil {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(back.Bytes(), plain) {
@@ -116,7 +123,7 @@ func TestDecodeDependentBlocks(t *testing.T) {
 	}
 	stream = append(stream, magicEnd...)
 	var back bytes.Buffer
-	if err := Decode(&back, bytes.NewReader(stream), int64(len(plain))); err != nil {
+	if err := decodeAll(&back, bytes.NewReader(stream), int64(len(plain))); err != nil {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(back.Bytes(), plain) {
@@ -156,7 +163,7 @@ func TestDecodeErrors(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			err := Decode(io.Discard, bytes.NewReader(test.stream), test.size)
+			err := decodeAll(io.Discard, bytes.NewReader(test.stream), test.size)
 			var de *DecodeError
 			if !errors.Is(err, test.want) || !errors.As(err, &de) || de.Offset != test.offset {
 				t.Errorf("got %v; want %v at %d", err, test.want, test.offset)
@@ -169,14 +176,14 @@ func TestDecodeErrors(t *testing.T) {
 func TestDecodePassesErrors(t *testing.T) {
 	stream := encode(t, noise(10, 100_000))
 	broken := errors.New("connection reset")
-	err := Decode(io.Discard, io.MultiReader(bytes.NewReader(stream[:70_000]), iotest.ErrReader(broken)), 100_000)
+	err := decodeAll(io.Discard, io.MultiReader(bytes.NewReader(stream[:70_000]), iotest.ErrReader(broken)), 100_000)
 	if de := (*DecodeError)(nil); !errors.Is(err, broken) || errors.As(err, &de) {
 		t.Errorf("got %v; want the reader's error as it is", err)
 	}
 	full := errors.New("disk full")
 	pr, pw := io.Pipe()
 	_ = pr.CloseWithError(full)
-	if err := Decode(pw, bytes.NewReader(stream), 100_000); !errors.Is(err, full) {
+	if err := decodeAll(pw, bytes.NewReader(stream), 100_000); !errors.Is(err, full) {
 		t.Errorf("got %v; want the writer's error", err)
 	}
 }
@@ -189,7 +196,7 @@ func FuzzDecode(f *testing.F) {
 	f.Add(block(0xfffffff0, 0xfffffff0, nil), int64(1<<40))
 	f.Fuzz(func(t *testing.T, stream []byte, size int64) {
 		var out bytes.Buffer
-		err := Decode(&out, bytes.NewReader(stream), size)
+		err := decodeAll(&out, bytes.NewReader(stream), size)
 		if err == nil && int64(out.Len()) != size {
 			t.Fatalf("%d bytes decoded, want %d, and no error", out.Len(), size)
 		}
@@ -208,7 +215,7 @@ func FuzzEncode(f *testing.F) {
 	f.Add(bytes.Repeat([]byte("ab"), 50_000))
 	f.Fuzz(func(t *testing.T, plain []byte) {
 		var back bytes.Buffer
-		if err := Decode(&back, bytes.NewReader(encode(t, plain)), int64(len(plain))); err != nil {
+		if err := decodeAll(&back, bytes.NewReader(encode(t, plain)), int64(len(plain))); err != nil {
 			t.Fatal(err)
 		}
 		if !bytes.Equal(back.Bytes(), plain) {
@@ -243,7 +250,7 @@ func BenchmarkDecode(b *testing.B) {
 				if with != "decode" {
 					r, w = io.TeeReader(r, sha256.New()), io.Writer(sha256.New())
 				}
-				if err := Decode(w, r, int64(len(plain))); err != nil {
+				if err := decodeAll(w, r, int64(len(plain))); err != nil {
 					b.Fatal(err)
 				}
 			}

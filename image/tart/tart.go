@@ -87,8 +87,10 @@ func (Codec) Parse(doc *image.Document) (*image.Manifest, error) {
 func addLayer(m *image.Manifest, i int, l image.Descriptor) error {
 	switch l.MediaType {
 	case MediaTypeConfig:
+		m.ConfigLayer = i
 		return single(&m.Config, l, "VM config", image.MaxConfigBytes)
 	case MediaTypeNVRAM:
+		m.NVRAMLayer = i
 		return single(&m.NVRAM, l, "NVRAM", image.MaxNVRAMBytes)
 	case MediaTypeDisk:
 		chunk, err := diskChunk(i, l)
@@ -153,10 +155,11 @@ func (Codec) CheckConfig(raw []byte) error {
 	return err
 }
 
-// Decode decodes the Apple-LZ4 stream of one disk layer. Errors are *DecodeError.
-func (Codec) Decode(w io.Writer, r io.Reader, c image.Chunk) error {
+// NewDecoder decodes the Apple-LZ4 stream of a disk layer, from any border of blocks.
+// Errors of the stream are *DecodeError.
+func (Codec) NewDecoder(r io.Reader, c image.Chunk, at image.Mark) (image.Decoder, error) {
 	if c.MediaType != MediaTypeDisk {
-		return fmt.Errorf("%w %q", image.ErrUnknownMediaType, c.MediaType)
+		return nil, fmt.Errorf("%w %q", image.ErrUnknownMediaType, c.MediaType)
 	}
-	return Decode(w, r, c.Size)
+	return newDecoder(r, c.Size, at)
 }

@@ -204,7 +204,7 @@ func TestBuildRoundTrip(t *testing.T) {
 	}
 	var back bytes.Buffer
 	for _, c := range m.Chunks {
-		if err := (Codec{}).Decode(&back, bytes.NewReader(blobs[c.Blob]), c); err != nil {
+		if err := image.Decode(Codec{}, &back, bytes.NewReader(blobs[c.Blob]), c); err != nil {
 			t.Fatal(err)
 		}
 	}
