@@ -28,7 +28,7 @@ func BenchmarkPull(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	store, err := cache.Open(cache.Config{Dir: filepath.Join(b.TempDir(), "store"), Fetcher: client})
+	store, err := cache.Open(cache.Config{Dir: filepath.Join(b.TempDir(), "store"), Sources: []cache.Source{client}})
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -3,7 +3,7 @@
 //
 // It knows no jobs and no VMs (a lease has a holder, which is just a name), decides
 // neither what to hold nor what to evict (the leader does), and speaks no network
-// protocol: bytes come through a Fetcher, of which cache/registry is one. Called by
+// protocol: bytes come through Sources, of which cache/registry has one. Called by
 // node, and by the CLI's image commands.
 //
 // The directory:
@@ -26,10 +26,8 @@
 package cache
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"slices"
@@ -44,25 +42,16 @@ import (
 	"github.com/paddock-ci/paddock/image/tart"
 )
 
-// Fetcher brings bytes from where images come from. It is safe for concurrent use, and
-// retries by itself what is worth retrying at once; its errors are *Error with a Class,
-// others count as ClassNetwork. It need not verify digests.
-type Fetcher interface {
-	// Manifest returns the bytes of manifest d in the repository of ref
-	// (host/repository:tag).
-	Manifest(ctx context.Context, ref string, d fleet.Digest) ([]byte, error)
-	// Blob opens a blob of that repository, from its first byte to its last. The
-	// reader picks up a lost connection where it broke.
-	Blob(ctx context.Context, ref string, b image.Blob) (io.ReadCloser, error)
-}
-
 // Config says how to open a store.
 type Config struct {
 	// Dir is made if it does not exist. Its file system should know sparse files, and
 	// clones are free if it knows reflinks. Required.
 	Dir string
-	// Fetcher is where images come from. Required for Pull; nil: what is there can be used.
-	Fetcher Fetcher
+	// Sources are where images come from, the preferred first while nothing is measured.
+	// Pull needs one; nil: what is there can be used.
+	Sources []Source
+	// Site is the other nodes nearby; nil: this one is alone.
+	Site Site
 	// Codecs are the image formats; nil: Tart's.
 	Codecs []image.Codec
 	// Streams is how many chunks of an image are fetched at once; 0: 8, which was 1.4
@@ -78,7 +67,8 @@ type Config struct {
 // Store is an image store that this process has locked. It is safe for concurrent use.
 type Store struct {
 	dir     layout
-	fetcher Fetcher
+	sources []Source
+	site    Site
 	codecs  []image.Codec
 	streams int
 	backoff time.Duration
@@ -105,7 +95,7 @@ func Open(cfg Config) (*Store, error) {
 		return nil, fmt.Errorf("image store: streams %d and backoff %s must not be negative", cfg.Streams, cfg.Backoff)
 	}
 	s := &Store{
-		dir: layout(cfg.Dir), fetcher: cfg.Fetcher, codecs: cfg.Codecs, streams: cfg.Streams,
+		dir: layout(cfg.Dir), sources: cfg.Sources, site: cfg.Site, codecs: cfg.Codecs, streams: cfg.Streams,
 		backoff: cfg.Backoff, log: cfg.Log,
 		images: make(map[fleet.Digest]*entry), changed: make(chan struct{}),
 	}

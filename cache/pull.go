@@ -92,7 +92,7 @@ func (s *Store) claim(e *entry, h fleet.Hold) (w *work, mine bool, err error) {
 	if e.failed != nil && time.Until(e.failed.RetryAt) > 0 {
 		return nil, false, e.failed
 	}
-	if s.fetcher == nil {
+	if len(s.sources) == 0 {
 		return nil, false, &Error{Class: ClassNetwork, Image: h.Digest, Err: errors.New("this store has no source of images")}
 	}
 	e.Ref = h.Ref

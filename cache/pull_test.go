@@ -52,7 +52,7 @@ func openStore(t *testing.T, dir string, streams int) *cache.Store {
 	if err != nil {
 		t.Fatal(err)
 	}
-	store, err := cache.Open(cache.Config{Dir: dir, Fetcher: client, Streams: streams, Backoff: time.Nanosecond})
+	store, err := cache.Open(cache.Config{Dir: dir, Sources: []cache.Source{client}, Streams: streams, Backoff: time.Nanosecond})
 	if err != nil {
 		t.Fatal(err)
 	}

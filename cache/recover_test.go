@@ -50,7 +50,7 @@ func TestRecovery(t *testing.T) {
 	write(filepath.Join(string(at), "trash", "old.XYZ", diskFile), "x")
 	write(at.lease(half.Digest, "vm"), "")
 
-	store, err := Open(Config{Dir: string(at), Fetcher: shelf})
+	store, err := Open(Config{Dir: string(at), Sources: []Source{shelf}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -18,7 +18,7 @@ import (
 	"github.com/paddock-ci/paddock/image/tart"
 )
 
-// shelf is a Fetcher in memory, for tests in virtual time: nothing in it waits but for
+// shelf is a Source in memory, for tests in virtual time: nothing in it waits but for
 // the test's own channels.
 type shelf struct {
 	mu    sync.Mutex
@@ -54,14 +54,24 @@ func (s *shelf) Manifest(_ context.Context, _ string, d fleet.Digest) ([]byte, e
 	return data, err
 }
 
-func (s *shelf) Blob(ctx context.Context, _ string, b image.Blob) (io.ReadCloser, error) {
-	data, gate, err := s.get(b.Digest)
-	if err != nil || gate == nil {
-		return io.NopCloser(bytes.NewReader(data)), err
+func (s *shelf) Name() string { return "shelf" }
+
+func (s *shelf) Kind() Kind { return KindRegistry }
+
+func (s *shelf) Has(w Want) (int64, bool) { return w.Chunk.BlobSize, true }
+
+func (s *shelf) Open(ctx context.Context, w Want, from int64) (io.ReadCloser, error) {
+	data, gate, err := s.get(w.Chunk.Blob)
+	if err != nil {
+		return nil, err
+	}
+	data = data[from:]
+	if gate == nil {
+		return io.NopCloser(bytes.NewReader(data)), nil
 	}
 	half := len(data) / 2
 	wait := readerFunc(func([]byte) (int, error) {
-		s.reached <- b.Digest
+		s.reached <- w.Chunk.Blob
 		select {
 		case <-gate:
 			return 0, io.EOF
@@ -116,7 +126,7 @@ func (s *shelf) hold(d fleet.Digest) func() {
 
 func openShelf(t *testing.T, s *shelf) *Store {
 	t.Helper()
-	store, err := Open(Config{Dir: t.TempDir(), Fetcher: s})
+	store, err := Open(Config{Dir: t.TempDir(), Sources: []Source{s}})
 	if err != nil {
 		t.Fatal(err)
 	}

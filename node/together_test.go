@@ -99,8 +99,8 @@ func agentMain(dir, url string) error {
 	return errors.Join(agent.Run(ctx), store.Close())
 }
 
-func realAgent(dir, url string, fetcher cache.Fetcher, log *slog.Logger) (*Agent, *cache.Store, error) {
-	config := cache.Config{Dir: filepath.Join(dir, "images"), Fetcher: fetcher}
+func realAgent(dir, url string, sources []cache.Source, log *slog.Logger) (*Agent, *cache.Store, error) {
+	config := cache.Config{Dir: filepath.Join(dir, "images"), Sources: sources}
 	store, err := cache.Open(config)
 	for late := time.Now().Add(lockTime); errors.Is(err, cache.ErrInUse) && time.Now().Before(late); {
 		store, err = cache.Open(config) // see lockTime
@@ -190,8 +190,14 @@ func (b *built) Manifest(context.Context, string, fleet.Digest) ([]byte, error) 
 	return b.manifest, nil
 }
 
-func (b *built) Blob(_ context.Context, _ string, blob image.Blob) (io.ReadCloser, error) {
-	return io.NopCloser(bytes.NewReader(b.blobs[blob.Digest])), nil
+func (b *built) Name() string { return "built" }
+
+func (b *built) Kind() cache.Kind { return cache.KindRegistry }
+
+func (b *built) Has(w cache.Want) (int64, bool) { return w.Chunk.BlobSize, true }
+
+func (b *built) Open(_ context.Context, w cache.Want, from int64) (io.ReadCloser, error) {
+	return io.NopCloser(bytes.NewReader(b.blobs[w.Chunk.Blob][from:])), nil
 }
 
 func (b *built) hold() fleet.Hold {
@@ -254,7 +260,7 @@ func (m *mac) checkEmpty(t *testing.T) {
 // VMs run a job each, and nothing is left.
 func TestTogether(t *testing.T) {
 	m := newMac(t)
-	agent, store, err := realAgent(m.dir, m.url, m.image, slog.New(slog.NewTextHandler(t.Output(), nil)))
+	agent, store, err := realAgent(m.dir, m.url, []cache.Source{m.image}, slog.New(slog.NewTextHandler(t.Output(), nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -298,7 +304,7 @@ type child struct {
 // prepare puts the image into the store, where the agents of other processes find it.
 func (m *mac) prepare(t *testing.T) {
 	t.Helper()
-	store, err := cache.Open(cache.Config{Dir: filepath.Join(m.dir, "images"), Fetcher: m.image})
+	store, err := cache.Open(cache.Config{Dir: filepath.Join(m.dir, "images"), Sources: []cache.Source{m.image}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -51,10 +51,13 @@ type download struct {
 	timer  *time.Timer        // cancels it when it stalls
 }
 
-// open asks for a path and returns its body once the registry has begun to answer. A
+// open asks for a path from a byte on and returns its body once the registry has begun to answer. A
 // body of known size that is cut off is picked up where it broke.
-func (c *Client) open(ctx context.Context, repository name.Repository, path string, size int64, prepare func(*http.Request)) (io.ReadCloser, error) {
-	d := &download{client: c, repository: repository, path: path, size: size, prepare: prepare}
+func (c *Client) open(ctx context.Context, repository name.Repository, path string, from, size int64, prepare func(*http.Request)) (io.ReadCloser, error) {
+	d := &download{client: c, repository: repository, path: path, at: from, size: size, prepare: prepare}
+	if size >= 0 && from >= size {
+		return http.NoBody, nil
+	}
 	if err := d.connect(ctx); err != nil {
 		return nil, err
 	}

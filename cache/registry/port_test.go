@@ -32,7 +32,7 @@ func TestHangingTokenServerStoppedEveryPull(t *testing.T) {
 	defer hanging.Close()
 	reg, host := serve(t)
 	d := push(t, reg, "fleet/base")
-	store, err := cache.Open(cache.Config{Dir: t.TempDir(), Fetcher: newClient(t, nil)})
+	store, err := cache.Open(cache.Config{Dir: t.TempDir(), Sources: []cache.Source{newClient(t, nil)}})
 	if err != nil {
 		t.Fatal(err)
 	}

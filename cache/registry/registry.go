@@ -5,7 +5,7 @@
 // digest); package cache verifies the rest. Names, credentials and tokens are
 // go-containerregistry's; requests are made here, so that a blob can be resumed in the
 // middle, a stall is noticed and Retry-After is honoured. Called by controller
-// (Resolve) and, as cache.Fetcher, by cache.
+// (Resolve) and, as cache.Source, by cache.
 package registry
 
 import (
@@ -62,7 +62,7 @@ type Client struct {
 	ports map[string]*port // by repository
 }
 
-var _ cache.Fetcher = (*Client)(nil)
+var _ cache.Source = (*Client)(nil)
 
 // New makes a client; it makes no request.
 func New(cfg Config) (*Client, error) {
@@ -134,7 +134,7 @@ func (c *Client) follow(ctx context.Context, r image.Reference, raw []byte) ([]b
 	return c.manifest(ctx, r.At(entry))
 }
 
-// Manifest returns the manifest with digest d; see cache.Fetcher.
+// Manifest returns the manifest with digest d; see cache.Source.
 func (c *Client) Manifest(ctx context.Context, ref string, d fleet.Digest) ([]byte, error) {
 	r, err := image.ParseReference(ref)
 	if err != nil {
@@ -146,7 +146,7 @@ func (c *Client) Manifest(ctx context.Context, ref string, d fleet.Digest) ([]by
 // manifest fetches a manifest by tag or digest; a digest is verified.
 func (c *Client) manifest(ctx context.Context, r image.Reference) ([]byte, error) {
 	get := func(req *http.Request) { req.Header.Set("Accept", strings.Join(image.AcceptedTypes, ", ")) }
-	body, err := c.open(ctx, r.Repository(), "manifests/"+r.Identifier(), -1, get)
+	body, err := c.open(ctx, r.Repository(), "manifests/"+r.Identifier(), 0, -1, get)
 	if err != nil {
 		return nil, err
 	}
@@ -164,13 +164,32 @@ func (c *Client) manifest(ctx context.Context, r image.Reference) ([]byte, error
 	return raw, nil
 }
 
-// Blob opens a blob; see cache.Fetcher.
+// Name is what logs and metrics call these registries.
+func (c *Client) Name() string { return "registry" }
+
+// Kind says that these bytes come from outside.
+func (c *Client) Kind() cache.Kind { return cache.KindRegistry }
+
+// Has says that the registry has all of an image, as blobs.
+func (c *Client) Has(w cache.Want) (wire int64, ok bool) { return w.Chunk.BlobSize, true }
+
+// Open opens a blob from a byte on; see cache.Source.
+func (c *Client) Open(ctx context.Context, w cache.Want, from int64) (io.ReadCloser, error) {
+	b := image.Blob{Digest: w.Chunk.Blob, Size: w.Chunk.BlobSize, MediaType: w.Chunk.MediaType}
+	return c.blob(ctx, w.Ref, b, from)
+}
+
+// Blob opens a whole blob.
 func (c *Client) Blob(ctx context.Context, ref string, b image.Blob) (io.ReadCloser, error) {
+	return c.blob(ctx, ref, b, 0)
+}
+
+func (c *Client) blob(ctx context.Context, ref string, b image.Blob, from int64) (io.ReadCloser, error) {
 	r, err := image.ParseReference(ref)
 	if err != nil {
 		return nil, &cache.Error{Class: cache.ClassFormat, Err: err}
 	}
-	return c.open(ctx, r.Repository(), "blobs/"+string(b.Digest), b.Size, func(*http.Request) {})
+	return c.open(ctx, r.Repository(), "blobs/"+string(b.Digest), from, b.Size, func(*http.Request) {})
 }
 
 // checkRedirect follows a few redirects, and never carries credentials to another host:

@@ -116,7 +116,7 @@ func NewNode(ctx context.Context, c NodeConfig) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	images, err := openImages(ctx, cache.Config{Dir: filepath.Join(c.Node.Dir, "images"), Fetcher: fetcher, Streams: c.Node.Streams, Log: c.Log})
+	images, err := openImages(ctx, cache.Config{Dir: filepath.Join(c.Node.Dir, "images"), Sources: []cache.Source{fetcher}, Streams: c.Node.Streams, Log: c.Log})
 	if err != nil {
 		return nil, err
 	}
