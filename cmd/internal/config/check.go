@@ -3,6 +3,7 @@ package config
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/url"
 	"reflect"
@@ -73,10 +74,21 @@ func (c *Config) check() *Problem {
 	if problem := c.Node.checkDriver(); problem != nil {
 		return problem
 	}
+	if problem := c.Node.checkSources(); problem != nil {
+		return problem
+	}
+	for i, r := range c.Images.Registries {
+		if _, err := prefixOf(r); err != nil {
+			return &Problem{Path: fmt.Sprintf("$.images.registries[%d]", i), What: fmt.Sprintf("%q is no registry", r), Hint: "like ghcr.io, or ghcr.io/acme for what lies below"}
+		}
+	}
 	seen := map[string]int{}
 	for i := range c.Pools {
 		if problem := c.Pools[i].check(fmt.Sprintf("$.pools[%d]", i)); problem != nil {
 			return problem
+		}
+		if err := c.Images.Allowed(c.Pools[i].Image); err != nil {
+			return &Problem{Path: fmt.Sprintf("$.pools[%d].image", i), What: err.Error(), Hint: "add its registry to images.registries, or leave that out to allow all"}
 		}
 		if before, twice := seen[c.Pools[i].Name]; twice {
 			return &Problem{Path: fmt.Sprintf("$.pools[%d].name", i), What: fmt.Sprintf("pool %d is called %q, too", before+1, c.Pools[i].Name), Hint: "pool names are unique"}
@@ -96,6 +108,68 @@ func (n *Node) checkDriver() *Problem {
 		return &Problem{Path: "$.node.qemu.network", What: fmt.Sprintf("unknown network %q", n.QEMU.Network), Hint: "user, passt (no way to this host's loopback) or none"}
 	case n.States() && n.Driver == DriverProcess:
 		return &Problem{Path: "$.node.saved_states", What: "processes have no state that could be saved", Hint: "leave it out with driver process"}
+	}
+	return nil
+}
+
+// Allowed refuses an image outside the registries that may be pulled from.
+func (i *Images) Allowed(ref string) error {
+	image, err := name.ParseReference(ref)
+	if err != nil {
+		return err
+	}
+	for _, r := range i.Registries {
+		if prefix, err := prefixOf(r); err == nil && strings.HasPrefix(image.Context().Name()+"/", prefix) {
+			return nil
+		}
+	}
+	if len(i.Registries) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%s is not in an allowed registry: images.registries lists %s", ref, strings.Join(i.Registries, ", "))
+}
+
+// prefixOf reads a registry, or a part of one, as the beginning of repositories' full
+// names, with a slash at its end.
+func prefixOf(registry string) (string, error) {
+	if strings.Contains(registry, "//") {
+		return "", fmt.Errorf("%q begins with a scheme", registry)
+	}
+	host, path, _ := strings.Cut(strings.TrimSuffix(registry, "/"), "/")
+	at, err := name.NewRegistry(host, name.StrictValidation)
+	if err != nil || path == "" {
+		return at.Name() + "/", err
+	}
+	if _, err := name.NewRepository(host + "/" + path + "/x"); err != nil {
+		return "", err
+	}
+	return at.Name() + "/" + path + "/", nil
+}
+
+// checkSources holds what a node is told of where images come from.
+func (n *Node) checkSources() *Problem {
+	if n.Site != "" {
+		if err := fleet.CheckName("site", n.Site); err != nil {
+			return &Problem{Path: "$.node.site", What: err.Error(), Hint: "the same word on all nodes of a site; leave it out if there is one"}
+		}
+	}
+	for key, address := range map[string]string{"listen": n.Peer.Listen, "address": n.Peer.Address} {
+		if _, _, err := net.SplitHostPort(address); address != "" && err != nil {
+			return &Problem{Path: "$.node.peer." + key, What: fmt.Sprintf("%q is not host:port", address), Hint: `listen: ":8444", which is every address`}
+		}
+	}
+	if n.Peer.Listen == "" && n.Peer.Address != "" {
+		return &Problem{Path: "$.node.peer.address", What: "an address, and nothing listens", Hint: `peer: {listen: ":8444", address: mac-1.example.com:8444}`}
+	}
+	for _, registry := range slices.Sorted(maps.Keys(n.Mirrors)) {
+		_, errOf := name.NewRegistry(registry, name.StrictValidation)
+		_, errBy := prefixOf(n.Mirrors[registry])
+		if errOf != nil || errBy != nil {
+			return &Problem{Path: "$.node.mirrors", What: fmt.Sprintf("%q as the mirror of %q", n.Mirrors[registry], registry), Hint: "mirrors: {ghcr.io: mirror.example.com/ghcr}, hosts without a scheme"}
+		}
+	}
+	if n.Streams < 1 || n.Streams > 64 {
+		return &Problem{Path: "$.node.streams", What: fmt.Sprintf("%d streams", n.Streams), Hint: "1 to 64; 8 to 16 are usual"}
 	}
 	return nil
 }

@@ -71,6 +71,9 @@ type Images struct {
 	Registries []string `yaml:"registries"`
 	// ResolveEvery is how often a pool's tag is resolved again. Default 5m.
 	ResolveEvery Duration `yaml:"resolve_every"`
+	// Egress is what all nodes together may move from registries outside, in bytes per
+	// second; 0: no limit.
+	Egress Size `yaml:"egress"`
 }
 
 // Pool is fleet.Pool as people write it.
@@ -144,6 +147,28 @@ type Node struct {
 	Dir string `yaml:"dir"`
 	// Streams is how many requests a pull runs at once. Default 8.
 	Streams int `yaml:"streams"`
+	// Site is where this node is: nodes of one site fetch images from each other, and each
+	// piece once from outside. Default: the site of all nodes that name none.
+	Site string `yaml:"site"`
+	Peer Peer   `yaml:"peer"`
+	// Mirrors are registries nearby, by the registry they mirror: host or host/prefix.
+	Mirrors map[string]string `yaml:"mirrors"`
+	// Layout is an OCI image layout on a directory that nodes share, such as NFS.
+	Layout string `yaml:"layout"`
+	// Bandwidth is what pulls may move here in bytes per second, from anywhere;
+	// BandwidthBusy the same while a VM runs a job. 0: no limit.
+	Bandwidth     Size `yaml:"bandwidth"`
+	BandwidthBusy Size `yaml:"bandwidth_busy"`
+}
+
+// Peer is the port by which other nodes of the site fetch images from this one.
+type Peer struct {
+	// Listen is host:port; empty: this node serves nobody, and fetches from those that do.
+	Listen string `yaml:"listen"`
+	// Address is how other nodes reach it. Default: this host's name and the port of Listen.
+	Address string `yaml:"address"`
+	// Bandwidth is what it may send in bytes per second; 0: no limit.
+	Bandwidth Size `yaml:"bandwidth"`
 }
 
 // QEMU is what only the qemu driver asks.
@@ -256,6 +281,9 @@ func (c *Config) fillDefaults() {
 			host = "node"
 		}
 		c.Node.Name = fitName(host)
+	}
+	if c.Node.Peer.Listen != "" && c.Node.Peer.Address == "" {
+		c.Node.Peer.Address = defaultHost(c.Node.Peer.Listen)
 	}
 	if c.URL == "" {
 		c.URL = "https://" + defaultHost(c.Listen)

@@ -177,6 +177,13 @@ func TestMistakes(t *testing.T) {
 		{"variable that begins like another's", good, "PADDOCK_PORTS=1", "", "unknown variable"},
 		{"unknown variable", good, "PADDOCK_LISTN=:1", "", "unknown variable"},
 		{"variable that is no number", good, "PADDOCK_NODE_SLOTS=two", "", "whole number"},
+		{"a registry that is none", good + "images: {registries: [\"https://ghcr.io\"]}\n", "", ":16: images.registries[0]", "no registry"},
+		{"an image from elsewhere", good + "images: {registries: [ghcr.io/other, docker.io]}\n", "", "pools[0].image", "not in an allowed registry"},
+		{"a mirror with a scheme", good + "node: {mirrors: {ghcr.io: \"http://mirror\"}}\n", "", ":16: node.mirrors", "as the mirror of"},
+		{"a port for peers that is none", good + "node: {peer: {listen: 8444}}\n", "", ":16: node.peer.listen", "not host:port"},
+		{"an address where nothing listens", good + "node: {peer: {address: \"mac-1:8444\"}}\n", "", ":16: node.peer.address", "nothing listens"},
+		{"a site in words", good + "node: {site: Berlin West}\n", "", ":16: node.site", "site"},
+		{"too many streams", good + "node: {streams: 1000}\n", "", ":16: node.streams", "1000 streams"},
 		{"half a certificate", good + "tls: {cert: a.pem}\n", "", ":16:", "go together"},
 	}
 	for _, tt := range tests {
@@ -199,6 +206,22 @@ func TestMistakes(t *testing.T) {
 }
 
 // Notes name what a command would stumble over on this host, and nothing when all is there.
+func TestAllowed(t *testing.T) {
+	images := Images{Registries: []string{"ghcr.io/acme/", "localhost:5000", "docker.io"}}
+	for ref, want := range map[string]bool{
+		"ghcr.io/acme/macos:15": true, "ghcr.io/acme/deep/er@sha256:" + strings.Repeat("ab", 32): true,
+		"ghcr.io/acmex/macos:15": false, "ghcr.io/acme": true, "localhost:5000/a:b": true, "localhost:50001/a:b": false,
+		"ubuntu": true, "docker.io/library/ubuntu": true, "not a reference": false,
+	} {
+		if err := images.Allowed(ref); (err == nil) != want {
+			t.Errorf("%s: %v, want allowed %t", ref, err, want)
+		}
+	}
+	if err := (&Images{}).Allowed("anything.example.com/a:b"); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestNotes(t *testing.T) {
 	dir := t.TempDir()
 	path := func(name, content string, mode os.FileMode) string {

@@ -18,7 +18,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -171,7 +170,7 @@ func (c *Control) build() (handler http.Handler, drain func(), err error) {
 	}
 	if c.controller, err = controller.New(controller.Config{
 		Store: c.store, GitHub: gh, Seal: c.key.Seal, Fleet: cfg.Fleet, Pools: cfg.FleetPools(),
-		Resolve:      allowed(cfg.Images.Registries, resolver.Resolve),
+		Resolve:      allowed(&cfg.Images, resolver.Resolve),
 		ResolveEvery: cfg.Images.ResolveEvery.Duration(), Durations: durations,
 		GhostsEvery: c.c.GhostsEvery, Metrics: metrics, Log: c.c.Log,
 	}); err != nil {
@@ -230,17 +229,12 @@ func (c *Control) github() (*github.Client, error) {
 }
 
 // allowed refuses registries outside the list before any request is made.
-func allowed(registries []string, resolve func(context.Context, string) (fleet.Image, error)) func(context.Context, string) (fleet.Image, error) {
-	if len(registries) == 0 {
-		return resolve
-	}
+func allowed(images *config.Images, resolve func(context.Context, string) (fleet.Image, error)) func(context.Context, string) (fleet.Image, error) {
 	return func(ctx context.Context, ref string) (fleet.Image, error) {
-		for _, r := range registries {
-			if strings.HasPrefix(ref, strings.TrimSuffix(r, "/")+"/") {
-				return resolve(ctx, ref)
-			}
+		if err := images.Allowed(ref); err != nil {
+			return fleet.Image{}, err
 		}
-		return fleet.Image{}, fmt.Errorf("%s is not in an allowed registry (hint: images.registries lists %s)", ref, strings.Join(registries, ", "))
+		return resolve(ctx, ref)
 	}
 }
 
