@@ -85,14 +85,7 @@ func (s *Store) sweepTrash() error {
 
 // readManifest reads the manifest of an image on disk and holds it to its digest.
 func (s *Store) readManifest(dir string, d fleet.Digest) (*image.Manifest, image.Codec, error) {
-	raw, err := os.ReadFile(filepath.Join(dir, manifestFile))
-	if err != nil {
-		return nil, nil, err
-	}
-	if got := image.DigestOf(raw); got != d {
-		return nil, nil, fmt.Errorf("%w: its manifest has digest %s", errNoImage, got)
-	}
-	return image.Parse(raw, s.codecs)
+	return readManifest(dir, d, s.codecs)
 }
 
 // inspect reads the manifest of a published image and checks that its files are there.
