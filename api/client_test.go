@@ -85,11 +85,11 @@ func TestCalls(t *testing.T) {
 			_, err := c.PullToken(ctx, "mac1", PullTokenRequest{Repository: "ghcr.io/acme/macos"})
 			return err
 		}, "POST", "/v1/nodes/mac1/pull-token"},
-		"vms":      {func(ctx context.Context, c *Client) error { _, err := c.VMs(ctx); return err }, "GET", "/v1/vms"},
-		"images":   {func(ctx context.Context, c *Client) error { _, err := c.Images(ctx); return err }, "GET", "/v1/images"},
-		"jobs":     {func(ctx context.Context, c *Client) error { _, err := c.Jobs(ctx, ""); return err }, "GET", "/v1/jobs"},
-		"queued":   {func(ctx context.Context, c *Client) error { _, err := c.Jobs(ctx, fleet.JobQueued); return err }, "GET", "/v1/jobs?status=queued"},
-		"explain":  {func(ctx context.Context, c *Client) error { _, err := c.Explain(ctx, 7); return err }, "GET", "/v1/jobs/7/explain"},
+		"vms":     {func(ctx context.Context, c *Client) error { _, err := c.VMs(ctx); return err }, "GET", "/v1/vms"},
+		"images":  {func(ctx context.Context, c *Client) error { _, err := c.Images(ctx); return err }, "GET", "/v1/images"},
+		"jobs":    {func(ctx context.Context, c *Client) error { _, err := c.Jobs(ctx, ""); return err }, "GET", "/v1/jobs"},
+		"queued":  {func(ctx context.Context, c *Client) error { _, err := c.Jobs(ctx, fleet.JobQueued); return err }, "GET", "/v1/jobs?status=queued"},
+		"explain": {func(ctx context.Context, c *Client) error { _, err := c.Explain(ctx, 7); return err }, "GET", "/v1/jobs/7/explain"},
 		"events": {func(ctx context.Context, c *Client) error {
 			_, err := c.Events(ctx, EventFilter{Job: 7, VM: "vmaaaaaa", Node: "mac1", Limit: 5})
 			return err
