@@ -1,13 +1,8 @@
 package registrytest
 
 import (
-	"bytes"
 	"fmt"
-	"io"
 	"net/http"
-	"strconv"
-	"strings"
-	"time"
 
 	"github.com/paddock-ci/paddock/fleet"
 )
@@ -18,7 +13,8 @@ type Fault struct {
 	// Times is how many requests it spoils, in which it goes before later faults of
 	// the same blob; 0: every one.
 	Times int
-	// At is the byte of the blob where WrongByte, Truncate, Drop and Hang strike.
+	// At is the byte of the blob where WrongByte, Truncate, Drop and Hang strike, how many
+	// bytes more than there are Overlong sends, and how many at most Short.
 	At int64
 	// Status is the answer's status, of Refuse.
 	Status int
@@ -28,6 +24,8 @@ type Fault struct {
 	Rate int
 	// Location is where Redirect points.
 	Location string
+	// Unsized leaves out the answer's length, of Truncate and Overlong: the body just ends.
+	Unsized bool
 }
 
 // Kind is a kind of fault.
@@ -43,6 +41,12 @@ const (
 	IgnoreRange                 // 200 with the whole blob, whatever range was asked for
 	Slow                        // bytes come at Rate
 	Redirect                    // 307 to Location
+	Overlong                    // more bytes than there are, and the answer says so is right
+	WrongRange                  // 206 with the bytes from one further on
+	Short                       // 206 with the beginning of what was asked for, as the standard allows
+	RefuseRange                 // 416, whatever range was asked for
+	Expire                      // 401: the token ends at this request
+	Stale                       // with Elsewhere: a link that has expired already
 )
 
 // Break makes requests for a blob fail; "" is any blob that has no fault of its own.
@@ -57,147 +61,85 @@ func (r *Registry) Heal() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	clear(r.faults)
+	r.uploadFaults = nil
 	close(r.healed)
 	r.healed = make(chan struct{})
 }
 
-// fault draws the fault that spoils this request; the zero Fault is none.
+// fault draws the fault that spoils this request for a blob, and counts the request; the
+// zero Fault is none.
 func (r *Registry) fault(d fleet.Digest) (Fault, <-chan struct{}) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.counts.Requests[d]++
-	key := d
-	if len(r.faults[key]) == 0 {
-		key = ""
+	key := r.faultKey(d)
+	list := r.faults[key]
+	f := take(&list)
+	r.faults[key] = list
+	return f, r.healed
+}
+
+// linkFault draws the next fault if it is one of handing out a link.
+func (r *Registry) linkFault(d fleet.Digest) Fault {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	key := r.faultKey(d)
+	if list := r.faults[key]; len(list) > 0 && list[0].Kind == Stale {
+		f := take(&list)
+		r.faults[key] = list
+		return f
 	}
-	if len(r.faults[key]) == 0 {
-		return Fault{}, r.healed
+	return Fault{}
+}
+
+// faultKey is where a blob's faults are; r.mu is held.
+func (r *Registry) faultKey(d fleet.Digest) fleet.Digest {
+	if len(r.faults[d]) == 0 {
+		return ""
 	}
-	f := r.faults[key][0]
+	return d
+}
+
+// take takes the first fault of a list, which goes from it when it has spoilt enough.
+func take(list *[]*Fault) Fault {
+	if len(*list) == 0 {
+		return Fault{}
+	}
+	f := (*list)[0]
 	drawn := *f
 	if f.Times > 0 {
 		if f.Times--; f.Times == 0 {
-			r.faults[key] = r.faults[key][1:]
+			*list = (*list)[1:]
 		}
 	}
-	return drawn, r.healed
+	return drawn
+}
+
+// refuse answers as Refuse does.
+func (f Fault) refuse(w http.ResponseWriter) {
+	if f.RetryAfter != "" {
+		w.Header().Set("Retry-After", f.RetryAfter)
+	}
+	refuse(w, f.Status, "UNKNOWN", fmt.Sprintf("status %d by order", f.Status))
 }
 
 // blob answers for a blob, as its fault wants it.
-func (r *Registry) blob(w http.ResponseWriter, req *http.Request, d fleet.Digest) {
+func (r *Registry) blob(w http.ResponseWriter, req *http.Request, repository string, d fleet.Digest) {
+	data, ok := r.content(repository, d)
+	if ok && r.redirect(w, d) {
+		return
+	}
 	f, healed := r.fault(d)
-	if f.Kind == Refuse {
-		if f.RetryAfter != "" {
-			w.Header().Set("Retry-After", f.RetryAfter)
-		}
-		http.Error(w, fmt.Sprintf(`{"errors":[{"code":"UNKNOWN","message":"status %d by order"}]}`, f.Status), f.Status)
-		return
-	}
-	if f.Kind == Redirect {
+	switch {
+	case f.Kind == Redirect:
 		http.Redirect(w, req, f.Location, http.StatusTemporaryRedirect)
-		return
+	case f.Kind == Expire:
+		r.expire(w, req, repository)
+	case f.Kind == Refuse:
+		f.refuse(w)
+	case !ok:
+		refuse(w, http.StatusNotFound, "BLOB_UNKNOWN", "no such blob")
+	default:
+		r.serve(w, req, d, f, healed, data)
 	}
-	data, err := r.content(req.Context(), d)
-	if notFound(err) {
-		http.Error(w, `{"errors":[{"code":"BLOB_UNKNOWN","message":"no such blob"}]}`, http.StatusNotFound)
-		return
-	}
-	if err != nil {
-		http.Error(w, err.Error(), http.StatusInternalServerError)
-		return
-	}
-	if f.Kind == WrongByte {
-		data = bytes.Clone(data)
-		data[f.At] ^= 0x01
-	}
-	if f.Kind == Truncate {
-		data = data[:f.At]
-	}
-	start, end, ranged := byteRange(req.Header.Get("Range"), int64(len(data)))
-	if f.Kind == IgnoreRange {
-		start, end, ranged = 0, int64(len(data)), false
-	}
-	if start >= end {
-		w.WriteHeader(http.StatusRequestedRangeNotSatisfiable)
-		return
-	}
-	w.Header().Set("Content-Type", "application/octet-stream")
-	w.Header().Set("Content-Length", strconv.FormatInt(end-start, 10))
-	status := http.StatusOK
-	if ranged {
-		w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", start, end-1, len(data)))
-		status = http.StatusPartialContent
-	}
-	w.WriteHeader(status)
-	r.send(w, req, d, f, healed, data, start, end)
-}
-
-// send writes data[start:end], with the faults that strike in the middle.
-func (r *Registry) send(w http.ResponseWriter, req *http.Request, d fleet.Digest, f Fault, healed <-chan struct{}, data []byte, start, end int64) {
-	out := io.MultiWriter(w, countTo{r, d})
-	piece := end - start
-	if f.Kind == Slow {
-		piece = max(1, int64(f.Rate)/20) // twenty pieces a second
-	}
-	if (f.Kind == Drop || f.Kind == Hang) && start <= f.At && f.At < end {
-		_, _ = out.Write(data[start:f.At])
-		_ = http.NewResponseController(w).Flush()
-		if f.Kind == Drop {
-			panic(http.ErrAbortHandler) // net/http's way to cut the connection
-		}
-		select {
-		case <-healed:
-		case <-req.Context().Done():
-			return
-		}
-		start = f.At
-	}
-	for ; start < end; start += piece {
-		if _, err := out.Write(data[start:min(start+piece, end)]); err != nil {
-			return // the client has gone
-		}
-		if f.Kind == Slow && !pause(req, healed) {
-			return
-		}
-	}
-}
-
-// pause waits a twentieth of a second; false: the client has gone.
-func pause(req *http.Request, healed <-chan struct{}) bool {
-	timer := time.NewTimer(50 * time.Millisecond)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-	case <-healed:
-	case <-req.Context().Done():
-		return false
-	}
-	return true
-}
-
-// countTo counts bytes of a body.
-type countTo struct {
-	r *Registry
-	d fleet.Digest
-}
-
-func (c countTo) Write(b []byte) (int, error) {
-	c.r.mu.Lock()
-	defer c.r.mu.Unlock()
-	c.r.counts.Bytes[c.d] += int64(len(b))
-	return len(b), nil
-}
-
-// byteRange reads "bytes=a-b" and "bytes=a-"; anything else is the whole.
-func byteRange(header string, size int64) (start, end int64, ranged bool) {
-	from, to, ok := strings.Cut(strings.TrimPrefix(header, "bytes="), "-")
-	start, err := strconv.ParseInt(from, 10, 64)
-	if !ok || err != nil || start < 0 {
-		return 0, size, false
-	}
-	last, err := strconv.ParseInt(to, 10, 64)
-	if to == "" || err != nil {
-		last = size - 1
-	}
-	return start, min(last+1, size), true
 }

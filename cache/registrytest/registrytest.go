@@ -1,16 +1,16 @@
 // Package registrytest is a real OCI registry in memory that counts what it is asked for
-// and can misbehave: wrong bytes, cut connections, 429s, expiring tokens.
+// and can misbehave: wrong bytes, cut connections, 429s, expiring tokens, links to a
+// second host that go stale.
 //
-// It is no mock: below the counting and the faults, go-containerregistry's own registry
-// answers. Called by tests of cache and cache/registry, and by cmd/paddock-demo, which
+// It is no mock: manifests and tags are go-containerregistry's own registry; blobs and
+// uploads are answered here, so that they can be spoilt, paced and counted. Called by
+// tests and benchmarks of cache and what is below it, and by cmd/paddock-demo, which
 // pulls its two images from it. Serve it with net/http.
 package registrytest
 
 import (
 	"bytes"
 	"context"
-	"encoding/base64"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -21,7 +21,6 @@ import (
 	"sync"
 
 	"github.com/google/go-containerregistry/pkg/registry"
-	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/image"
@@ -30,31 +29,32 @@ import (
 
 // Registry is the registry. It is safe for concurrent use.
 type Registry struct {
-	inner http.Handler
-	blobs store
+	inner http.Handler // manifests and tags
+	pace  pacer
 
 	mu     sync.Mutex
+	blobs  map[fleet.Digest]*blob
 	counts Counts
 	faults map[fleet.Digest][]*Fault // "" is any blob
 	healed chan struct{}             // closed by Heal, to let hanging requests go
 	auth   auth
-}
+	links  links
 
-// store is what go-containerregistry's memory store can do, of which its own
-// interfaces each name a part.
-type store interface {
-	registry.BlobHandler
-	registry.BlobPutHandler
+	pending      map[string]*upload
+	lastUpload   int
+	pushed       Pushed
+	noMounts     bool
+	uploadFaults []*Fault
 }
 
 // Counts is what has been asked for, by digest; a manifest asked for by tag is counted
 // under its digest all the same.
 type Counts struct {
 	Requests map[fleet.Digest]int   // GETs of a blob or manifest, failed ones too
-	Bytes    map[fleet.Digest]int64 // bytes of body sent
+	Bytes    map[fleet.Digest]int64 // bytes of body sent, from whichever host
 }
 
-// Total is the sum over all digests.
+// Total is the sum over all digests: what a bill for egress would say.
 func (c Counts) Total() (requests int, bytes int64) {
 	for d, n := range c.Requests {
 		requests += n
@@ -63,23 +63,13 @@ func (c Counts) Total() (requests int, bytes int64) {
 	return requests, bytes
 }
 
-// auth is who may read; the zero value is everyone.
-type auth struct {
-	user, password string
-	bearer         bool           // tokens from /token, rather than Basic
-	uses           int            // requests that one token is good for; 0: no limit
-	tokens         map[string]int // uses left; unlimited ones count down from 0
-	issued         int
-}
-
 // New returns an empty registry that anyone may read and write.
 func New() *Registry {
-	blobs, ok := registry.NewInMemoryBlobHandler().(store)
-	if !ok {
-		panic("registrytest: go-containerregistry's memory store no longer takes blobs")
+	r := &Registry{
+		blobs: make(map[fleet.Digest]*blob), faults: make(map[fleet.Digest][]*Fault), healed: make(chan struct{}),
+		pending: make(map[string]*upload),
 	}
-	r := &Registry{blobs: blobs, faults: make(map[fleet.Digest][]*Fault), healed: make(chan struct{})}
-	r.inner = registry.New(registry.WithBlobHandler(blobs), registry.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))
+	r.inner = registry.New(registry.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))
 	r.Reset()
 	return r
 }
@@ -89,6 +79,7 @@ func (r *Registry) Reset() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.counts = Counts{Requests: make(map[fleet.Digest]int), Bytes: make(map[fleet.Digest]int64)}
+	r.pushed = Pushed{}
 }
 
 // Counts returns a copy of what was asked for since New or Reset.
@@ -98,27 +89,9 @@ func (r *Registry) Counts() Counts {
 	return Counts{Requests: maps.Clone(r.counts.Requests), Bytes: maps.Clone(r.counts.Bytes)}
 }
 
-// RequireBasic lets in only who has these credentials.
-func (r *Registry) RequireBasic(user, password string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.auth = auth{user: user, password: password}
-}
-
-// RequireToken lets in only tokens that the credentials buy at /token; each is good for
-// uses requests (0: for ever).
-func (r *Registry) RequireToken(user, password string, uses int) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.auth = auth{user: user, password: password, bearer: true, uses: uses, tokens: make(map[string]int)}
-}
-
-// Tokens is how many tokens have been bought since RequireToken.
-func (r *Registry) Tokens() int {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.auth.issued
-}
+// Limit bounds what the registry sends of blobs, over all connections together, in bytes
+// per second; 0: no limit, as at first.
+func (r *Registry) Limit(bytesPerSecond int64) { r.pace.set(bytesPerSecond) }
 
 // Push makes a Tart image and stores it under repository:tag, without going through
 // HTTP. It returns the image's digest.
@@ -131,21 +104,6 @@ func (r *Registry) Push(ctx context.Context, repository, tag string, src tart.So
 		return "", fmt.Errorf("making %s:%s: %w", repository, tag, err)
 	}
 	return r.PutManifest(ctx, repository, tag, image.MediaTypeManifest, raw)
-}
-
-// PutBlob stores a blob, for every repository.
-func (r *Registry) PutBlob(ctx context.Context, data []byte) (fleet.Digest, error) {
-	digest := image.DigestOf(data)
-	hash, err := v1.NewHash(string(digest))
-	if err != nil {
-		return "", err
-	}
-	// The store keeps what it is given: a copy, since the caller may reuse data.
-	body := io.NopCloser(bytes.NewReader(bytes.Clone(data)))
-	if err := r.blobs.Put(ctx, "", hash, body); err != nil {
-		return "", fmt.Errorf("storing blob %s: %w", digest, err)
-	}
-	return digest, nil
 }
 
 // PutManifest stores any manifest as it stands, good or bad.
@@ -191,19 +149,36 @@ func (r *Registry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		r.token(w, req)
 		return
 	}
-	if !r.admit(w, req) {
+	repository, what, name := split(req.URL.Path)
+	if !r.admit(w, req, repository) {
 		return
 	}
-	_, name, isBlob := strings.Cut(req.URL.Path, "/blobs/sha256:")
-	_, _, isManifest := strings.Cut(req.URL.Path, "/manifests/")
 	switch {
-	case req.Method == http.MethodGet && isBlob:
-		r.blob(w, req, fleet.Digest("sha256:"+name))
-	case req.Method == http.MethodGet && isManifest:
+	case what == "blobs" && req.Method == http.MethodGet:
+		r.blob(w, req, repository, fleet.Digest(name))
+	case what == "blobs" && req.Method == http.MethodHead:
+		r.stat(w, repository, fleet.Digest(name))
+	case what == "uploads":
+		r.upload(w, req, repository, name)
+	case what == "manifests" && req.Method == http.MethodGet:
 		r.manifest(w, req)
+	case what == "manifests" && req.Method == http.MethodPut:
+		r.write(w, req, repository)
 	default:
 		r.inner.ServeHTTP(w, req)
 	}
+}
+
+// split takes /v2/<repository>/(blobs|manifests|blobs/uploads)/<name> apart.
+func split(path string) (repository, what, name string) {
+	path = strings.TrimPrefix(path, "/v2/")
+	for _, what := range []string{"blobs/uploads", "blobs", "manifests"} {
+		if repository, name, ok := strings.Cut(path, "/"+what+"/"); ok {
+			return repository, strings.TrimPrefix(what, "blobs/"), name
+		}
+	}
+	repository, _ = strings.CutSuffix(path, "/tags/list")
+	return repository, "", ""
 }
 
 // manifest answers for a manifest and counts it under its digest.
@@ -217,66 +192,5 @@ func (r *Registry) manifest(w http.ResponseWriter, req *http.Request) {
 	r.mu.Unlock()
 	maps.Copy(w.Header(), answer.header)
 	w.WriteHeader(answer.status)
-	_, _ = w.Write(body) // the client may have gone
+	_, _ = io.Copy(w, bytes.NewReader(body)) // the client may have gone
 }
-
-// content reads a blob.
-func (r *Registry) content(ctx context.Context, d fleet.Digest) ([]byte, error) {
-	hash, err := v1.NewHash(string(d))
-	if err != nil {
-		return nil, err
-	}
-	body, err := r.blobs.Get(ctx, "", hash)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = body.Close() }()
-	return io.ReadAll(body)
-}
-
-// admit checks credentials, and answers for itself if they do not do.
-func (r *Registry) admit(w http.ResponseWriter, req *http.Request) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	challenge := `Basic realm="registrytest"`
-	switch {
-	case r.auth.user == "":
-		return true
-	case r.auth.bearer:
-		token, _ := strings.CutPrefix(req.Header.Get("Authorization"), "Bearer ")
-		left, known := r.auth.tokens[token]
-		if known && (r.auth.uses == 0 || left > 0) {
-			if req.URL.Path != "/v2/" {
-				r.auth.tokens[token]--
-			}
-			return true
-		}
-		challenge = fmt.Sprintf(`Bearer realm="http://%s/token",service="registrytest"`, req.Host)
-	default:
-		if user, password, _ := req.BasicAuth(); user == r.auth.user && password == r.auth.password {
-			return true
-		}
-	}
-	w.Header().Set("WWW-Authenticate", challenge)
-	http.Error(w, `{"errors":[{"code":"UNAUTHORIZED","message":"authentication required"}]}`, http.StatusUnauthorized)
-	return false
-}
-
-// token sells a token for credentials.
-func (r *Registry) token(w http.ResponseWriter, req *http.Request) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	user, password, _ := req.BasicAuth()
-	if !r.auth.bearer || user != r.auth.user || password != r.auth.password {
-		http.Error(w, `{"errors":[{"code":"UNAUTHORIZED"}]}`, http.StatusUnauthorized)
-		return
-	}
-	r.auth.issued++
-	token := base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "token %d", r.auth.issued))
-	r.auth.tokens[token] = r.auth.uses
-	w.Header().Set("Content-Type", "application/json")
-	_, _ = fmt.Fprintf(w, `{"token":%q,"expires_in":300}`, token)
-}
-
-// notFound reports whether an error of the store means that there is no such blob.
-func notFound(err error) bool { return errors.Is(err, registry.ErrNotFound) }
