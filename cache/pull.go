@@ -157,6 +157,7 @@ func (s *Store) pull(ctx context.Context, e *entry, t *turn, h fleet.Hold) error
 	e.Total = f.image.Bytes()
 	s.mu.Unlock()
 	e.done.Store(p.journal.bytes(f.image))
+	defer f.begin(ctx)()
 	if err := f.small(ctx); err != nil {
 		return err
 	}
