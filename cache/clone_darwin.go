@@ -9,7 +9,15 @@ import (
 // reflink makes dst share the blocks of src (APFS). false: this file system cannot, and
 // there is no dst.
 func reflink(src, dst string) (bool, error) {
-	err := unix.Clonefile(src, dst, unix.CLONE_NOFOLLOW)
+	return cloned(unix.Clonefile(src, dst, unix.CLONE_NOFOLLOW), src, dst)
+}
+
+// reflinkFrom is reflink of an open file.
+func reflinkFrom(in *os.File, dst string) (bool, error) {
+	return cloned(unix.Fclonefileat(int(in.Fd()), unix.AT_FDCWD, dst, 0), in.Name(), dst)
+}
+
+func cloned(err error, src, dst string) (bool, error) {
 	switch {
 	case err == nil:
 		// The clone has the mode and the times of the image.

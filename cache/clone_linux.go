@@ -15,6 +15,11 @@ func reflink(src, dst string) (bool, error) {
 		return false, err
 	}
 	defer func() { _ = in.Close() }()
+	return reflinkFrom(in, dst)
+}
+
+// reflinkFrom is reflink of an open file.
+func reflinkFrom(in *os.File, dst string) (bool, error) {
 	out, err := os.OpenFile(dst, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return false, err
