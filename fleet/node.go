@@ -118,7 +118,11 @@ type Orders struct {
 	Node  NodeID   `json:"node"`
 	Hold  []Hold   `json:"hold,omitempty"`  // most urgent first
 	Evict []Digest `json:"evict,omitempty"` // may go; the node refuses what is leased
-	Rev   int64    `json:"-"`
+	// Recalled were in Evict and shall stay after all. An answer that still names them may be
+	// on its way to the node, so they count as gone until it reports again. Nodes are not
+	// told of them.
+	Recalled []Digest `json:"recalled,omitempty"`
+	Rev      int64    `json:"-"`
 }
 
 // Hold asks a node to have an image.

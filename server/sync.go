@@ -80,8 +80,10 @@ func (s *Server) take(ctx context.Context, c call, q *api.SyncRequest) (*store.V
 			return nil, err
 		}
 		s.noted(&r)
-		if r.txn.Quiet {
-			return view, nil // nothing in it that orders depend on has changed
+		if o := view.Orders[node]; r.txn.Quiet && (o == nil || len(o.Evict) == 0) {
+			// Nothing in it that orders depend on has changed. An eviction that was recalled
+			// before the report was taken must not be told any more, though.
+			return view, nil
 		}
 		return s.c.Store.View(ctx)
 	}
