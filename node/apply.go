@@ -3,7 +3,6 @@ package node
 import (
 	"context"
 	"errors"
-	"slices"
 	"time"
 
 	"github.com/paddock-ci/paddock/api"
@@ -23,6 +22,7 @@ func (a *Agent) apply(ctx, lives context.Context, r api.SyncReply) {
 	a.run(lives)
 	a.destroy(r.Destroy)
 	a.start(r.Start)
+	a.noteNames(r)
 	a.evict(ctx, r)
 	a.connectPeople(lives, r.Sessions)
 	if r.Credential != "" && a.c.Renewed != nil {
@@ -149,33 +149,6 @@ func (a *Agent) start(orders []api.RunnerOrder) {
 		}
 		l.handed = o.Runner.Name
 		l.start <- o // has room for the one that is handed
-	}
-}
-
-// evict removes images that may go, unless the same reply asks to hold them. Removing
-// takes as long as the file system likes, so it does not hold up the next sync.
-func (a *Agent) evict(ctx context.Context, r api.SyncReply) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	for _, d := range r.Evict {
-		held := slices.ContainsFunc(r.Hold, func(h fleet.Hold) bool { return h.Digest == d })
-		if held || a.evicting[d] || ctx.Err() != nil {
-			continue
-		}
-		a.evicting[d] = true
-		a.short.Go(func() {
-			err := a.c.Images.Evict(d)
-			if err != nil {
-				a.log.Warn("image not evicted", "image", d.Short(), "error", err)
-			}
-			a.mu.Lock()
-			delete(a.evicting, d)
-			a.mu.Unlock()
-			if err == nil {
-				a.states.prune(a.c.Images.List())
-				a.tell()
-			}
-		})
 	}
 }
 

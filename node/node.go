@@ -148,7 +148,9 @@ type Agent struct {
 	sequence int64
 	people   connector
 	evicting map[fleet.Digest]bool
-	free     int64 // the last good answer of Free
+	names    map[string]fleet.Digest // what the leader last meant by a reference
+	heard    time.Time               // the last reply, or the start
+	free     int64                   // the last good answer of Free
 }
 
 // New checks the configuration and makes the agent's directories; nothing runs yet.
@@ -179,6 +181,8 @@ func New(c Config) (*Agent, error) {
 		past:     map[fleet.VMID]time.Time{},
 		waiting:  map[fleet.VMID]bool{},
 		evicting: map[fleet.Digest]bool{},
+		names:    map[string]fleet.Digest{},
+		heard:    c.Now(),
 		applied:  make(chan struct{}),
 		starts:   newStarts(filepath.Join(c.Dir, "starts.json"), c.Log),
 	}

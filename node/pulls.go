@@ -32,7 +32,7 @@ type puller struct {
 
 	mu     sync.Mutex
 	wanted []fleet.Hold // most urgent first
-	active map[pulling]bool
+	active map[pulling]pull
 	rests  map[fleet.Digest]rest
 }
 
@@ -41,6 +41,12 @@ type puller struct {
 type pulling struct {
 	digest fleet.Digest
 	demand bool
+}
+
+// pull is a call under way; its zero value is none.
+type pull struct {
+	cancel context.CancelFunc
+	done   chan struct{} // closed at its end
 }
 
 // rest is the pause after a pull's end, also a good one: the store may have evicted the
@@ -54,7 +60,7 @@ type rest struct {
 func newPuller(images Images, now func() time.Time, tell func(), log *slog.Logger) *puller {
 	return &puller{
 		images: images, now: now, tell: tell, log: log, wake: make(chan struct{}, 1),
-		active: map[pulling]bool{}, rests: map[fleet.Digest]rest{},
+		active: map[pulling]pull{}, rests: map[fleet.Digest]rest{},
 	}
 }
 
@@ -125,7 +131,9 @@ func (p *puller) step(ctx context.Context, pulls *sync.WaitGroup) (wait time.Dur
 	for _, h := range p.wanted {
 		run := pulling{h.Digest, h.Demand}
 		i := here[h.Digest]
-		if i.State == fleet.ImageReady || p.active[run] || p.active[pulling{h.Digest, true}] || count[h.Demand] >= maxPulls {
+		_, begun := p.active[run]
+		_, demanded := p.active[pulling{h.Digest, true}]
+		if i.State == fleet.ImageReady || begun || demanded || count[h.Demand] >= maxPulls {
 			continue
 		}
 		until := p.rests[h.Digest].until
@@ -146,15 +154,33 @@ func (p *puller) step(ctx context.Context, pulls *sync.WaitGroup) (wait time.Dur
 
 // begin starts one pull; p.mu is held.
 func (p *puller) begin(ctx context.Context, h fleet.Hold, run pulling, pulls *sync.WaitGroup) {
-	p.active[run] = true
+	call, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	p.active[run] = pull{cancel, done}
 	p.log.Info("pulling an image", "image", h.Digest.Short(), "ref", h.Ref, "demand", h.Demand, "why", h.Why)
 	pulls.Go(func() {
-		err := p.images.Pull(ctx, h)
+		defer close(done)
+		defer cancel()
+		err := p.images.Pull(call, h)
 		if ctx.Err() != nil {
 			return // the agent stops: what was fetched is the store's to keep
 		}
 		p.ended(h, run, err)
 	})
+}
+
+// end hangs up the pulls of an image that is not to be held any more, and waits for it.
+func (p *puller) end(d fleet.Digest) {
+	for _, demand := range []bool{false, true} {
+		p.mu.Lock()
+		held := slices.ContainsFunc(p.wanted, func(h fleet.Hold) bool { return h.Digest == d })
+		call, begun := p.active[pulling{d, demand}]
+		p.mu.Unlock()
+		if begun && !held {
+			call.cancel()
+			<-call.done
+		}
+	}
 }
 
 // ended notes the outcome of a pull.

@@ -191,6 +191,11 @@ func (a *Agent) stateMargin() int64 {
 	if a.c.StateMargin > 0 {
 		return a.c.StateMargin
 	}
+	return a.growthRoom()
+}
+
+// growthRoom is what the clones of all slots may grow by together, in bytes.
+func (a *Agent) growthRoom() int64 {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	var growth int64

@@ -54,6 +54,7 @@ func (a *Agent) sync(ctx, lives context.Context) {
 		case err != nil:
 			failures++
 			a.complain(failures, err)
+			a.fendAlone(ctx)
 			pause(ctx, backoff(failures, firstPause, lastPause))
 			parked = false
 			continue
@@ -108,6 +109,7 @@ func (a *Agent) request(have string, parked bool) api.SyncRequest {
 		Images: a.pulls.report(),
 	}
 	a.starts.report(node.Images, a.states.free())
+	a.reportEvicting(node.Images)
 	if a.c.Rate != nil {
 		node.PullRate = a.c.Rate()
 	}
