@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -65,11 +64,10 @@ func openStore(t *testing.T, dir string, streams int) *cache.Store {
 func (w *world) push(t *testing.T, name, pattern string) (fleet.Hold, []byte, *image.Manifest) {
 	t.Helper()
 	src := registrytest.Source(pattern, chunkSize)
-	disk, err := io.ReadAll(src.Disk)
-	if err != nil {
+	disk := make([]byte, src.Disk.Size())
+	if n, err := src.Disk.ReadAt(disk, 0); n < len(disk) {
 		t.Fatal(err)
 	}
-	src.Disk = bytes.NewReader(disk)
 	d, err := w.reg.Push(t.Context(), "test/"+name, "v1", src)
 	if err != nil {
 		t.Fatal(err)

@@ -97,11 +97,11 @@ func (s *shelf) put(t *testing.T, pattern string) (fleet.Hold, *image.Manifest) 
 		}
 		disk = append(disk, chunk...)
 	}
-	raw, err := tart.Build(tart.Source{
+	raw, err := tart.Build(t.Context(), tart.Source{
 		Config: &tart.Config{Version: 1, OS: "linux"}, NVRAM: []byte(pattern), Disk: bytes.NewReader(disk), ChunkSize: 64 << 10,
-	}, func(l tart.Layer) error {
-		s.blobs[l.Digest] = bytes.Clone(l.Data)
-		return nil
+	}, func(_ context.Context, l tart.Layer) (err error) {
+		s.blobs[l.Digest], err = l.Bytes()
+		return err
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -175,9 +175,9 @@ func build(t *testing.T, source tart.Source) *built {
 	t.Helper()
 	b := &built{blobs: map[fleet.Digest][]byte{}}
 	var err error
-	b.manifest, err = tart.Build(source, func(l tart.Layer) error {
-		b.blobs[l.Digest] = bytes.Clone(l.Data)
-		return nil
+	b.manifest, err = tart.Build(t.Context(), source, func(_ context.Context, l tart.Layer) (err error) {
+		b.blobs[l.Digest], err = l.Bytes()
+		return err
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -96,8 +96,11 @@ func (r *Registry) Limit(bytesPerSecond int64) { r.pace.set(bytesPerSecond) }
 // Push makes a Tart image and stores it under repository:tag, without going through
 // HTTP. It returns the image's digest.
 func (r *Registry) Push(ctx context.Context, repository, tag string, src tart.Source) (fleet.Digest, error) {
-	raw, err := tart.Build(src, func(l tart.Layer) error {
-		_, err := r.PutBlob(ctx, l.Data)
+	raw, err := tart.Build(ctx, src, func(ctx context.Context, l tart.Layer) error {
+		data, err := l.Bytes()
+		if err == nil {
+			_, err = r.PutBlob(ctx, data)
+		}
 		return err
 	})
 	if err != nil {

@@ -20,7 +20,7 @@ func Source(pattern string, chunkSize int) tart.Source {
 	return tart.Source{
 		Config:    &tart.Config{Version: 1, OS: "linux", Arch: "arm64", CPUCount: 2, MemorySize: 1 << 30},
 		NVRAM:     append([]byte("nvram of "), pattern...),
-		Disk:      &disk,
+		Disk:      bytes.NewReader(disk.Bytes()),
 		ChunkSize: int64(chunkSize),
 	}
 }

@@ -45,7 +45,7 @@ func noise(_ context.Context, name string, seed uint64) (tart.Source, error) {
 	return tart.Source{
 		Config:    &tart.Config{Version: 1, OS: "linux", Arch: "arm64", CPUCount: 1, MemorySize: 64 << 20},
 		NVRAM:     []byte("nvram of " + name),
-		Disk:      &disk,
+		Disk:      bytes.NewReader(disk.Bytes()),
 		ChunkSize: imageChunk,
 	}, nil
 }

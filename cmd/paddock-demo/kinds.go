@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -99,7 +100,10 @@ func guestImage(ctx context.Context, name string, _ uint64) (tart.Source, error)
 		return tart.Source{}, err
 	}
 	defer func() { _ = disk.Close() }()
-	content, err := io.ReadAll(source.Disk) // about 40 MB
+	content := make([]byte, source.Disk.Size()) // about 40 MB
+	if _, err := source.Disk.ReadAt(content, 0); err != nil && !errors.Is(err, io.EOF) {
+		return tart.Source{}, fmt.Errorf("reading the guest's disk: %w", err)
+	}
 	source.Disk = bytes.NewReader(content)
-	return source, err
+	return source, nil
 }

@@ -249,10 +249,10 @@ func (d *decoder) finish() error {
 		return bad(ErrTooShort, "%d bytes are missing", d.left)
 	}
 	var one [1]byte
-	switch _, err := io.ReadFull(d.r, one[:]); {
-	case err == nil:
+	switch _, err := fill(d.r, one[:]); err {
+	case nil:
 		return damage{ErrTrailing}
-	case errors.Is(err, io.EOF):
+	case io.EOF: //nolint:errorlint // as fill says it
 		return nil
 	default:
 		return err
@@ -261,11 +261,24 @@ func (d *decoder) finish() error {
 
 // fill reads all of b; the end of the input before that is damage.
 func (d *decoder) fill(b []byte) error {
-	n, err := io.ReadFull(d.r, b)
+	n, err := fill(d.r, b)
 	d.read += int64(n)
-	// Compared as they are: a reader's own error that wraps one of them is its own.
-	if err == io.EOF || err == io.ErrUnexpectedEOF {
+	if err == io.EOF { //nolint:errorlint // as fill says it
 		return damage{ErrTruncated}
 	}
 	return err
+}
+
+// fill is io.ReadFull, except that the reader's end is io.EOF also in the middle of b: an
+// io.ErrUnexpectedEOF is the reader's own, such as a connection that was cut.
+func fill(r io.Reader, b []byte) (n int, err error) {
+	for n < len(b) && err == nil {
+		var m int
+		m, err = r.Read(b[n:])
+		n += m
+	}
+	if n == len(b) {
+		return n, nil
+	}
+	return n, err
 }

@@ -2,7 +2,6 @@ package tart
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 
@@ -11,35 +10,66 @@ import (
 
 // Encode reads r to its end and writes it to w as one Apple-LZ4 stream of independent
 // 64 KiB blocks; a block that does not shrink is stored. It returns the bytes read. The
-// output differs from Apple's encoder, and decodes to the same.
+// output differs from Apple's encoder, and decodes to the same; equal input gives equal
+// output.
 func Encode(w io.Writer, r io.Reader) (int64, error) {
-	var (
-		compressor lz4.Compressor
-		plain      = make([]byte, window)
-		// Room for the longest header, so that a block is one write.
-		block = make([]byte, 12+lz4.CompressBlockBound(window))
-		total int64
-	)
+	e := newEncoder(r)
 	for {
-		n, err := io.ReadFull(r, plain)
-		if n > 0 {
-			total += int64(n)
-			encoded, lerr := compressor.CompressBlock(plain[:n], block[12:])
-			if lerr != nil {
-				return total, fmt.Errorf("compressing 64 KiB: %w", lerr)
-			}
-			if _, werr := w.Write(frame(block, plain[:n], encoded)); werr != nil {
-				return total, werr
-			}
+		block, err := e.next()
+		if err == io.EOF { //nolint:errorlint // the encoder's own end
+			return e.total, nil
 		}
-		switch {
-		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-			_, werr := io.WriteString(w, magicEnd)
-			return total, werr
-		case err != nil:
-			return total, err
+		if err != nil {
+			return e.total, err
+		}
+		if _, err := w.Write(block); err != nil {
+			return e.total, err
 		}
 	}
+}
+
+// encoder makes one stream, a block at a time.
+type encoder struct {
+	r          io.Reader
+	compressor lz4.Compressor
+	plain      []byte
+	block      []byte // room for the longest header before the encoded bytes
+	total      int64  // bytes read
+	last, over bool   // the input has ended; the end marker was given
+}
+
+func newEncoder(r io.Reader) *encoder {
+	return &encoder{r: r, plain: make([]byte, window), block: make([]byte, 12+lz4.CompressBlockBound(window))}
+}
+
+// next returns the next block with its header, valid until the next call, then the end
+// marker, then io.EOF.
+func (e *encoder) next() ([]byte, error) {
+	if e.last {
+		return e.end()
+	}
+	n, err := fill(e.r, e.plain)
+	e.last = err == io.EOF //nolint:errorlint // as fill says it
+	if err != nil && !e.last {
+		return nil, err
+	}
+	if n == 0 {
+		return e.end()
+	}
+	e.total += int64(n)
+	encoded, err := e.compressor.CompressBlock(e.plain[:n], e.block[12:])
+	if err != nil {
+		return nil, fmt.Errorf("compressing 64 KiB: %w", err)
+	}
+	return frame(e.block, e.plain[:n], encoded), nil
+}
+
+func (e *encoder) end() ([]byte, error) {
+	if e.over {
+		return nil, io.EOF
+	}
+	e.over = true
+	return []byte(magicEnd), nil
 }
 
 // frame puts the header before the encoded bytes that lie at block[12:], or the plain

@@ -2,6 +2,7 @@ package tart
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -180,18 +181,19 @@ func TestBuildRoundTrip(t *testing.T) {
 	const chunk = 200_000
 	disk := slices.Concat(noise(1, chunk), make([]byte, chunk), noise(2, chunk), noise(1, chunk), bytes.Repeat([]byte("paddock "), 777))
 	blobs := map[fleet.Digest][]byte{}
-	put := func(l Layer) error {
+	put := func(_ context.Context, l Layer) error {
 		if _, twice := blobs[l.Digest]; twice {
 			return fmt.Errorf("%s put twice", l.Digest)
 		}
-		if image.DigestOf(l.Data) != l.Digest || int64(len(l.Data)) != l.Size {
-			return fmt.Errorf("%s is not what its descriptor says", l.Digest)
+		data, err := l.Bytes()
+		if err != nil || image.DigestOf(data) != l.Digest || int64(len(data)) != l.Size {
+			return fmt.Errorf("%s is not what its descriptor says: %w", l.Digest, err)
 		}
-		blobs[l.Digest] = bytes.Clone(l.Data)
+		blobs[l.Digest] = data
 		return nil
 	}
 	source := Source{Config: linux(), NVRAM: []byte("nvram"), Disk: bytes.NewReader(disk), ChunkSize: chunk, UploadTime: time.Unix(1, 0)}
-	raw, err := Build(source, put)
+	raw, err := Build(t.Context(), source, put)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -217,7 +219,7 @@ func TestBuildRoundTrip(t *testing.T) {
 	clear(blobs)
 	copy(disk[2*chunk:], "changed")
 	source.Disk, source.Parent = bytes.NewReader(disk), m
-	raw, err = Build(source, put)
+	raw, err = Build(t.Context(), source, put)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -149,8 +149,14 @@ func (i *Image) Source() (tart.Source, io.Closer, error) {
 	if err != nil {
 		return tart.Source{}, nil, fmt.Errorf("opening the guest's disk: %w", err)
 	}
+	info, err := disk.Stat()
+	if err != nil {
+		_ = disk.Close()
+		return tart.Source{}, nil, fmt.Errorf("opening the guest's disk: %w", err)
+	}
+	content := io.NewSectionReader(disk, 0, info.Size())
 	// 8 MiB: several chunks, so that a pull has something to do at once.
-	return tart.Source{Config: i.Config, NVRAM: nvram, Disk: disk, ChunkSize: 8 << 20}, disk, nil
+	return tart.Source{Config: i.Config, NVRAM: nvram, Disk: content, ChunkSize: 8 << 20}, disk, nil
 }
 
 func writeConfig(dir string, c *tart.Config) error {
