@@ -39,7 +39,6 @@ import (
 
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/image"
-	"github.com/paddock-ci/paddock/image/tart"
 )
 
 // Config says how to open a store.
@@ -52,7 +51,7 @@ type Config struct {
 	Sources []Source
 	// Site is the other nodes nearby; nil: this one is alone.
 	Site Site
-	// Codecs are the image formats; nil: Tart's.
+	// Codecs are the image formats; nil: Formats.
 	Codecs []image.Codec
 	// Streams is how many chunks of an image are fetched at once; 0: 8, which was 1.4
 	// times faster than 4 against public registries.
@@ -100,7 +99,7 @@ func Open(cfg Config) (*Store, error) {
 		images: make(map[fleet.Digest]*entry), changed: make(chan struct{}),
 	}
 	if s.codecs == nil {
-		s.codecs = []image.Codec{tart.Codec{}}
+		s.codecs = Formats()
 	}
 	if s.streams == 0 {
 		s.streams = 8

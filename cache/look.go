@@ -13,7 +13,6 @@ import (
 
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/image"
-	"github.com/paddock-ci/paddock/image/tart"
 )
 
 // View reads a store without its lock, beside the process that has it open or none. It
@@ -45,7 +44,7 @@ type Seen struct {
 func LookAt(dir string, codecs []image.Codec) (*View, error) {
 	v := &View{dir: layout(dir), codecs: codecs}
 	if v.codecs == nil {
-		v.codecs = []image.Codec{tart.Codec{}}
+		v.codecs = Formats()
 	}
 	for _, kind := range []string{"images", "partial"} {
 		info, err := os.Stat(filepath.Join(dir, kind))

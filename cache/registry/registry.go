@@ -24,7 +24,6 @@ import (
 	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/image"
-	"github.com/paddock-ci/paddock/image/tart"
 )
 
 // Config says how to reach registries.
@@ -34,7 +33,7 @@ type Config struct {
 	// Transport is what requests go out by; nil: one of our own, on HTTP/1.1 so that each
 	// stream has a connection to itself.
 	Transport http.RoundTripper
-	// Codecs are the image formats that Resolve can read; nil: Tart's.
+	// Codecs are the image formats that Resolve can read; nil: cache.Formats.
 	Codecs []image.Codec
 	// Tries is how often in a row a request may fail without one byte gained; 0: 5.
 	Tries int
@@ -77,7 +76,7 @@ func New(cfg Config) (*Client, error) {
 		c.keychain = authn.DefaultKeychain
 	}
 	if c.codecs == nil {
-		c.codecs = []image.Codec{tart.Codec{}}
+		c.codecs = cache.Formats()
 	}
 	if c.tries == 0 {
 		c.tries = 5
