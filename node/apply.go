@@ -18,6 +18,8 @@ func (a *Agent) apply(ctx, lives context.Context, r api.SyncReply) {
 	a.applied = make(chan struct{})
 	a.mu.Unlock()
 
+	a.trust(r.PeerKey)
+	a.limit()
 	a.pulls.want(r.Hold)
 	a.run(lives)
 	a.destroy(r.Destroy)

@@ -3,9 +3,10 @@
 // deadlines say.
 //
 // It decides neither which job runs where nor which image belongs here (placement,
-// in the controller), knows nothing of GitHub, and opens no port: it dials out by one
-// call, sync. It does not move bytes of images (cache) nor boot machines by itself
-// (vm/helper); cmd builds it from those and calls Run. This is what Run does:
+// in the controller) and knows nothing of GitHub. It dials out, by sync and what a pull
+// asks, and has no port open but the peers'. It does not move bytes of images (cache) nor
+// boot machines by itself (vm/helper); cmd builds it from those and calls Run. This is
+// what Run does:
 //
 //  1. It takes the lock of its directory, so that two agents never share a journal.
 //  2. It reads the journal, and each VM in it that was not done is lived on by live:
@@ -16,7 +17,9 @@
 //  4. It syncs: the whole inventory goes out, a reply comes back and is applied. News
 //     ends a parked call early; an error is tried again and stops no VM.
 //  5. It pulls what the last reply asked to hold, most urgent first.
-//  6. When it is stopped it ends every VM, or leaves them for the next start (Keep).
+//  6. It serves other nodes what its image store has, at the peer port (cache/peer), and
+//     asks the controller for the store's pulls who has what (Site).
+//  7. When it is stopped it ends every VM, or leaves them for the next start (Keep).
 package node
 
 import (
@@ -32,6 +35,7 @@ import (
 	"time"
 
 	"github.com/paddock-ci/paddock/api"
+	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/runner/guest/ssh"
 	"github.com/paddock-ci/paddock/vm"
@@ -76,6 +80,16 @@ type Changer interface {
 	Changed() <-chan struct{}
 }
 
+// Peer is this node's port for other nodes of its site. *peer.Server is one.
+type Peer interface {
+	// Run serves until ctx ends, and returns when no transfer is left.
+	Run(ctx context.Context)
+	// Where is how others reach it, and the certificate by which they know it.
+	Where() fleet.NodePeer
+	// Trust has it check tokens with this key; before the first it refuses all.
+	Trust(key string) error
+}
+
 // Config is what an Agent is made of.
 type Config struct {
 	ID      fleet.NodeID      // required: the name the node joined under
@@ -114,6 +128,18 @@ type Config struct {
 	// 0: for each slot what a clone may grow by, as the VMs' pools say.
 	StateMargin int64
 
+	// Site is where the node is; "": the one site of a fleet that names none.
+	Site string
+	// Peer serves other nodes while the agent runs; nil: none are.
+	Peer Peer
+	// Limit is told what pulls may move, at each change; nil: nobody is. *cache.Store's.
+	Limit func(cache.Limits)
+	// Bandwidth is what pulls may move in bytes per second, from anywhere, and BandwidthBusy
+	// the same while a VM runs a job; 0: no limit, and the same.
+	Bandwidth, BandwidthBusy int64
+	// Streams is what the image store has, of which a job leaves half; 0: 8.
+	Streams int
+
 	Rate func() int64          // measured bytes per second of pulls; nil: not measured
 	Free func() (int64, error) // bytes the images' file system has left; nil: not said
 	Wait time.Duration         // how long a sync may be parked; 0: 20 s, the most a controller parks
@@ -134,6 +160,8 @@ type Agent struct {
 	hostKeys ssh.HostKeys
 	session  string
 	news     chan struct{} // holds one value while something waits to be reported
+	limits   cache.Limits  // told to the store; of the goroutine that syncs, as peerKey
+	peerKey  string        // that the peer port trusts
 
 	stopping chan struct{}  // closed when Run is asked to end
 	lives    sync.WaitGroup // one per VM that is lived
@@ -243,6 +271,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	var parts sync.WaitGroup
 	parts.Go(func() { a.pulls.run(ctx) })
 	parts.Go(func() { a.watchImages(ctx) })
+	if a.c.Peer != nil {
+		parts.Go(func() { a.c.Peer.Run(ctx) })
+	}
 	parts.Go(func() { a.sync(ctx, lives) })
 	<-ctx.Done()
 	parts.Wait()

@@ -106,8 +106,12 @@ func (a *Agent) request(have string, parked bool) api.SyncRequest {
 		Driver: a.c.Driver, Version: a.c.Version,
 		Slots: a.c.Slots, CPU: a.c.CPU, Memory: a.c.Memory,
 		DiskFree: a.diskFree(), Session: a.session,
-		Images: a.pulls.report(),
+		Images: a.pulls.report(), Site: a.c.Site,
 	}
+	if a.c.Peer != nil {
+		node.Peer = a.c.Peer.Where()
+	}
+	a.limit()
 	a.starts.report(node.Images, a.states.free())
 	a.reportEvicting(node.Images)
 	if a.c.Rate != nil {
