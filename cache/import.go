@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/image"
@@ -246,50 +247,72 @@ func (i *importing) missing(why error) []Flaw {
 	return flaws
 }
 
-// adopt verifies the clone and journals what is right. What is not (an earlier import or
-// pull may have left it half written) is copied from the source once more.
+// adopt verifies the clone and journals what is right, as it goes. What is not (an earlier
+// import or pull may have left it half written) is copied from the source once more.
 func (i *importing) adopt(ctx context.Context, source *os.File) ([]Flaw, error) {
-	// A content is journalled when all its places are right.
-	places := make(map[fleet.Digest][]image.Chunk)
-	var order []image.Chunk
+	var todo []image.Chunk
 	for _, c := range i.manifest.Chunks {
-		if !c.Zero && i.partial.journal.has(item{aChunk, c.Content}) {
-			continue
+		if c.Zero || !i.partial.journal.has(item{aChunk, c.Content}) {
+			todo = append(todo, c)
 		}
-		order = append(order, c)
-		places[c.Content] = append(places[c.Content], c)
 	}
-	suspects, err := hashChunks(ctx, i.partial.disk, order, i.progress)
+	t := newTally(todo, i.finished)
+	suspects, err := hashChunks(ctx, i.partial.disk, todo, i.progress, t.right)
 	if err != nil {
 		return nil, err
 	}
-	bad := make(map[fleet.Digest]bool)
 	var flaws []Flaw
 	for _, f := range suspects {
 		flaw, err := i.mend(ctx, source, f)
-		if err != nil {
+		switch {
+		case err != nil:
 			return nil, err
-		}
-		if flaw != nil && !f.zero {
-			bad[f.Want] = true
+		case flaw != nil:
 			flaws = append(flaws, *flaw)
-		}
-	}
-	for content, chunks := range places {
-		if bad[content] || chunks[0].Zero {
-			continue
-		}
-		if err := i.partial.finished(i.partial.disk, item{aChunk, content}); err != nil {
-			return nil, diskError(err)
+		default:
+			if err := t.right(image.Chunk{Content: f.Want, Zero: f.zero}); err != nil {
+				return nil, err
+			}
 		}
 	}
 	return flaws, nil
 }
 
+func (i *importing) finished(content fleet.Digest) error {
+	return diskError(i.partial.finished(i.partial.disk, item{aChunk, content}))
+}
+
+// tally counts the places of each content that are right yet. It is safe for concurrent
+// use.
+type tally struct {
+	mu   sync.Mutex
+	left map[fleet.Digest]int
+	full func(fleet.Digest) error // called when a content is right in all its places
+}
+
+func newTally(chunks []image.Chunk, full func(fleet.Digest) error) *tally {
+	t := &tally{left: make(map[fleet.Digest]int), full: full}
+	for _, c := range chunks {
+		t.left[c.Content]++
+	}
+	return t
+}
+
+func (t *tally) right(c image.Chunk) error {
+	t.mu.Lock()
+	t.left[c.Content]--
+	full := t.left[c.Content] == 0
+	t.mu.Unlock()
+	if !full || c.Zero { // what is zero is nobody's to note
+		return nil
+	}
+	return t.full(c.Content)
+}
+
 // mend copies a bad region from the source and looks at it again; zeros are just written.
 func (i *importing) mend(ctx context.Context, source *os.File, f Flaw) (*Flaw, error) {
 	if f.zero {
-		return &f, clearZeros(i.partial.disk.Name(), []Flaw{f})
+		return nil, diskError(clearZeros(i.partial.disk.Name(), []Flaw{f}))
 	}
 	chunk := image.Chunk{Layer: f.Layer, Offset: f.Offset, Size: f.Size, Content: f.Want}
 	h := hasher{disk: source, buffer: make([]byte, 1<<20), count: func(int64) {}}

@@ -38,6 +38,7 @@ type Seen struct {
 	Err       error     // why it is no image, although it lies in an image's place
 
 	done map[item]bool // finished pieces of one that is here in part
+	info os.FileInfo   // of Dir
 }
 
 // LookAt makes a view of the store in dir, which must be one. nil codecs: Tart's.
@@ -111,16 +112,19 @@ func (v *View) look(d fleet.Digest, ready bool) (Seen, bool) {
 	if ready {
 		i.Dir = v.dir.image(d)
 	}
-	if !isDir(i.Dir) {
+	info, err := os.Lstat(i.Dir)
+	if err != nil || !info.IsDir() {
 		return Seen{}, false
 	}
+	i.info = info
 	i.Ref, i.UsedAt = readMeta(i.Dir)
 	m, _, err := readManifest(i.Dir, d, v.codecs)
 	switch {
 	case err == nil:
 		i.Manifest = m
-	case ready || !errors.Is(err, fs.ErrNotExist): // a pull that has just begun has none
+	case ready:
 		i.Err = err
+	default: // a pull that has just begun has none, or is writing it
 	}
 	if size, err := allocated(i.Dir); err == nil {
 		i.DiskBytes = size

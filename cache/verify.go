@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -66,9 +67,6 @@ func (v *View) Verify(ctx context.Context, d fleet.Digest, progress func(done, t
 		return nil, fmt.Errorf("verifying image %s: %w", d.Short(), err)
 	}
 	flaws, err := verify(ctx, i, progress)
-	if err != nil && !isDir(i.Dir) {
-		err = fmt.Errorf("it went away meanwhile: %w", err)
-	}
 	if err != nil {
 		return nil, fmt.Errorf("verifying image %s: %w", d.Short(), err)
 	}
@@ -77,6 +75,27 @@ func (v *View) Verify(ctx context.Context, d fleet.Digest, progress func(done, t
 
 func verify(ctx context.Context, i Seen, progress func(done, total int64)) ([]Flaw, error) {
 	here := func(kind string, d fleet.Digest) bool { return i.Ready || i.done[item{kind, d}] }
+	disk, err := openPlain(filepath.Join(i.Dir, diskFile))
+	if err == nil {
+		defer func() { _ = disk.Close() }()
+	}
+	var small []Flaw
+	for _, s := range smallFiles(i.Manifest) {
+		if s.blob.Digest == "" || !here(s.kind, s.blob.Digest) {
+			continue
+		}
+		if f := s.check(i.Dir); f != nil {
+			small = append(small, *f)
+		}
+	}
+	// From here on the disk can be read, wherever it goes. What was not found before that
+	// may have been taken away, with all of the image.
+	if info, serr := os.Lstat(i.Dir); serr != nil || !os.SameFile(info, i.info) {
+		return nil, fmt.Errorf("it went away meanwhile: %w", ErrNotReady)
+	}
+	if err != nil {
+		return nil, err
+	}
 	var chunks []image.Chunk
 	for _, c := range i.Manifest.Chunks {
 		// Regions of zeros are never journalled: they are holes from the beginning.
@@ -84,29 +103,13 @@ func verify(ctx context.Context, i Seen, progress func(done, total int64)) ([]Fl
 			chunks = append(chunks, c)
 		}
 	}
-	disk, err := openPlain(filepath.Join(i.Dir, diskFile))
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = disk.Close() }()
-	flaws, err := hashChunks(ctx, disk, chunks, progress)
-	if err != nil {
-		return nil, err
-	}
-	for _, s := range smallFiles(i.Manifest) {
-		if s.blob.Digest == "" || !here(s.kind, s.blob.Digest) {
-			continue
-		}
-		if f := s.check(i.Dir); f != nil {
-			flaws = append(flaws, *f)
-		}
-	}
-	return flaws, nil
+	flaws, err := hashChunks(ctx, disk, chunks, progress, func(image.Chunk) error { return nil })
+	return append(flaws, small...), err
 }
 
 // hashChunks hashes chunks of a disk on all cores, and returns those that are wrong in
-// the order in which they were given.
-func hashChunks(ctx context.Context, disk *os.File, chunks []image.Chunk, progress func(done, total int64)) ([]Flaw, error) {
+// the order in which they were given. right is told of the others, by several goroutines.
+func hashChunks(ctx context.Context, disk *os.File, chunks []image.Chunk, progress func(done, total int64), right func(image.Chunk) error) ([]Flaw, error) {
 	count := counting(chunks, progress)
 	bad := make([]*Flaw, len(chunks))
 	group, ctx := errgroup.WithContext(ctx)
@@ -116,6 +119,9 @@ func hashChunks(ctx context.Context, disk *os.File, chunks []image.Chunk, progre
 			h := hasher{disk: disk, buffer: make([]byte, 1<<20), count: count}
 			for n := range next {
 				flaw, err := h.check(ctx, chunks[n])
+				if err == nil && flaw == nil {
+					err = right(chunks[n])
+				}
 				if err != nil {
 					return err
 				}
@@ -198,7 +204,7 @@ func (h *hasher) check(ctx context.Context, c image.Chunk) (*Flaw, error) {
 			return flaw, nil
 		}
 		if c.Zero {
-			clean = clean && run(b, true) == len(b)
+			clean = clean && allZero(b)
 		} else {
 			_, _ = content.Write(b) // never fails
 		}
@@ -215,6 +221,18 @@ func (h *hasher) check(ctx context.Context, c image.Chunk) (*Flaw, error) {
 		return flaw, nil
 	}
 	return nil, nil
+}
+
+// allZero reports whether b is nothing but zeros.
+func allZero(b []byte) bool {
+	for len(b) > 0 {
+		n := min(len(b), len(zeros))
+		if !bytes.Equal(b[:n], zeros[:n]) {
+			return false
+		}
+		b = b[n:]
+	}
+	return true
 }
 
 // hole reports whether a chunk has no data on disk, as far as the file system tells.
