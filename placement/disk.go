@@ -1,16 +1,11 @@
 package placement
 
 import (
-	"cmp"
-	"fmt"
-	"slices"
-	"strings"
-
 	"github.com/paddock-ci/paddock/fleet"
 )
 
 // room says whether the node's disk lets the pool run a VM there, now or after a pull:
-// ReasonImageSize if it never will, ReasonDisk if not now. Growth for all slots is
+// ReasonImageSize if it never will, ReasonDisk or ReasonLeaving if not now. Growth for all slots is
 // kept free of images; below half of it no further clone is made. An image that is
 // on its way had its room counted when it was ordered.
 func (p *pass) room(pool *pool, n *node) Reason {
@@ -19,7 +14,7 @@ func (p *pass) room(pool *pool, n *node) Reason {
 	case r.presence == ready && n.free < free/2:
 		return ReasonDisk
 	case r.gone:
-		return ReasonDisk // this pass wants it to make room for another
+		return ReasonLeaving
 	case r.presence != absent:
 		return ""
 	case p.images[pool.image].DiskBytes+free > n.total:
@@ -30,6 +25,43 @@ func (p *pass) room(pool *pool, n *node) Reason {
 	return ""
 }
 
+// growthRoom is what is kept free on a node for clones to grow, in bytes: for each slot
+// what the neediest pool's VM there may write.
+func (p *pass) growthRoom(n *node) int64 {
+	var growth int64
+	for i := range p.pools {
+		pool := &p.pools[i]
+		if pool.growth > growth && pool.Nodes.Matches(&n.in.Node) && fits(pool.Pool, n.in) {
+			growth = pool.growth
+		}
+	}
+	return growth * int64(len(n.slots))
+}
+
+// keepRoom lets images go where clones have too little room left though no pull asks for
+// any. Below the whole room goes what nobody would miss. An image that a pool uses goes
+// only below half of it, where VMs would have to wait: the room is there to be used, and
+// what clones have taken of it comes back when they end. The node's last such image stays
+// even then: room for the clones of nothing is of no use.
+func (p *pass) keepRoom() {
+	var most int64
+	for i := range p.pools {
+		most = max(most, p.pools[i].growth)
+	}
+	for i := range p.nodes {
+		n := &p.nodes[i]
+		if !n.in.Reachable || n.disk >= most*int64(len(n.slots)) {
+			continue
+		}
+		room := p.growthRoom(n)
+		worst := classSpare
+		if n.disk < room/2 {
+			worst = classPool
+		}
+		p.letGo(n, room, worst, 1, "room for clones to grow")
+	}
+}
+
 // evictable are the bytes that could be let go on a node. They are counted anew only
 // when a choice or an eviction may have changed them.
 func (p *pass) evictable(n *node) int64 {
@@ -38,11 +70,20 @@ func (p *pass) evictable(n *node) int64 {
 	}
 	n.counted, n.evictable = p.evictions+1, 0
 	for i := range n.in.Images {
-		if p.mayGo(n, &n.in.Images[i]) {
-			n.evictable += n.in.Images[i].DiskBytes
+		if on := &n.in.Images[i]; p.mayGo(n, on) {
+			n.evictable += p.frees(n, on)
 		}
 	}
 	return n.evictable
+}
+
+// frees is what letting an image go gives back, in bytes: what it fills and, of a pull
+// left half done, what was kept for the rest.
+func (p *pass) frees(n *node, on *fleet.NodeImage) int64 {
+	if k, known := p.index[on.Digest]; known && n.have[k].ordered {
+		return on.DiskBytes + n.have[k].disk
+	}
+	return on.DiskBytes
 }
 
 // need keeps an image that a choice rests on from being let go.
@@ -50,75 +91,4 @@ func (p *pass) need(pool *pool, n *node) {
 	if r := &n.have[pool.image]; !r.needed {
 		r.needed, n.counted = true, 0
 	}
-}
-
-// mayGo reports whether an image may leave a node: ready, not leased, no VM made or
-// about to be made of it, not ordered to be there, no choice of this pass resting on
-// it, and not the last copy of an image that is asked for.
-func (p *pass) mayGo(n *node, on *fleet.NodeImage) bool {
-	if on.State != fleet.ImageReady || on.Leases > 0 {
-		return false
-	}
-	for i := range n.in.Slots {
-		if n.in.Slots[i].Image == on.Digest {
-			return false
-		}
-	}
-	for i := range n.in.Hold {
-		if n.in.Hold[i].Digest == on.Digest {
-			return false
-		}
-	}
-	k, known := p.index[on.Digest]
-	if !known {
-		return !slices.Contains(n.gone, on.Digest)
-	}
-	return n.have[k].presence == ready && !n.have[k].needed && (!p.images[k].wanted || p.images[k].copies > 1)
-}
-
-// makeRoom lets images go until the node has room for what was ordered there and for
-// its clones to grow: those of no pool first, then the least recently used.
-func (p *pass) makeRoom(pool *pool, n *node) {
-	free := pool.growth * int64(len(n.slots))
-	for n.disk < free {
-		victim := p.victim(n)
-		if victim == nil {
-			return
-		}
-		n.disk += victim.DiskBytes
-		p.evictions++
-		if k, known := p.index[victim.Digest]; known {
-			n.have[k] = residence{gone: true}
-			p.images[k].copies--
-		} else {
-			n.gone = append(n.gone, victim.Digest)
-		}
-		p.plan.Evict = append(p.plan.Evict, Eviction{Node: n.in.ID, Digest: victim.Digest,
-			Why: fmt.Sprintf("room for %s", pool.Image)})
-	}
-}
-
-// victim is the next image to let go on a node; nil: none may.
-func (p *pass) victim(n *node) *fleet.NodeImage {
-	var found *fleet.NodeImage
-	for i := range n.in.Images {
-		on := &n.in.Images[i]
-		if p.mayGo(n, on) && (found == nil || p.compareVictims(on, found) < 0) {
-			found = on
-		}
-	}
-	return found
-}
-
-// compareVictims orders images by how little they are missed.
-func (p *pass) compareVictims(a, b *fleet.NodeImage) int {
-	_, usedA := p.index[a.Digest]
-	_, usedB := p.index[b.Digest]
-	if usedA != usedB {
-		if usedB {
-			return -1
-		}
-		return 1
-	}
-	return cmp.Or(a.UsedAt.Compare(b.UsedAt), strings.Compare(string(a.Digest), string(b.Digest)))
 }

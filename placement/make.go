@@ -28,8 +28,11 @@ func Explain(s Snapshot, job fleet.JobID) (Explanation, bool) {
 }
 
 func (p *pass) run() {
-	p.walk(p.entries(), p.take)
+	line := p.entries()
+	p.standing()
+	p.walk(line, p.take)
 	p.keepIdle()
+	p.keepRoom()
 }
 
 // outcome is what became of one job.

@@ -54,6 +54,12 @@ type Snapshot struct {
 	Boot time.Duration
 	// WaitCap is the age at which a job goes to the head of the line; 0: DefaultWaitCap.
 	WaitCap time.Duration
+	// Demand is λ by image, in jobs per hour. Nil: not known, and images go by when they
+	// were last used; an image that is not in it has none.
+	Demand map[fleet.Digest]float64
+	// Pinned images are let go nowhere; the value says who wants that, for people, and may be
+	// empty. Nil: none.
+	Pinned map[fleet.Digest]string
 }
 
 // Node is a node as its last report and the leader's records show it.
@@ -67,8 +73,16 @@ type Node struct {
 	// Hold is what the node was already ordered to hold: a pull under way or queued that
 	// the node may not have reported yet.
 	Hold []fleet.Hold
-	// Missing are bytes on the wire still to fetch for images that share chunks with
-	// what the node has. An image not in it costs all its bytes. Nil: nothing shared.
+	// Evict is what the node was ordered to let go and still lists. It counts as gone.
+	Evict []fleet.Digest
+	// Recalled was in Evict, is not any more, and may go nevertheless, since the node has not
+	// reported since: it counts as gone, too.
+	Recalled []fleet.Digest
+	// Pinned images are not let go here; see Snapshot.Pinned.
+	Pinned map[fleet.Digest]string
+	// Missing are bytes on the wire to fetch for images that share chunks with what else the
+	// node has: those still to come or, of a ready one, those to fetch if it had gone. An
+	// image not in it costs all its bytes. Nil: nothing shared.
 	Missing map[fleet.Digest]int64
 	// Failures counts recent failed boots and pulls; 0: healthy.
 	Failures int
@@ -102,8 +116,10 @@ type Plan struct {
 	// order for as long as it stands. What was ordered before and is not here is no
 	// longer waited for; the caller may let such a pull finish.
 	Hold []Hold
-	// Evict are images that may go so that the Hold on the same node finds room, least
-	// recently used first; never one that is leased, being fetched or waited for there.
+	// Evict are images to let go, so that the Hold on the same node and the clones there find
+	// room, those that are missed least first. It repeats what stands of Node.Evict, before
+	// anything new; what is in that and not here is recalled. Never one that is leased,
+	// pinned, being fetched or waited for there, nor the last copy of an image in demand.
 	Evict []Eviction
 	// Evacuate are idle warm VMs of other pools to destroy, so that a job gets their slot.
 	// The job is bound by a later pass, when the slot is free.

@@ -246,7 +246,8 @@ func soundImages(s *Snapshot, p *Plan, nodes map[fleet.NodeID]*Node) error {
 		at := place{e.Node, e.Digest}
 		on, has := nodes[e.Node].Image(e.Digest)
 		ordered := slices.ContainsFunc(nodes[e.Node].Hold, func(h fleet.Hold) bool { return h.Digest == e.Digest })
-		if gone[at] || held[at] || ordered || !has || on.State != fleet.ImageReady || on.Leases > 0 {
+		moves := on.State == fleet.ImageQueued || on.State == fleet.ImageCaching || on.State == fleet.ImageVerifying
+		if gone[at] || held[at] || ordered || !has || moves || on.Leases > 0 || e.Why == "" {
 			return fmt.Errorf("evict %+v: twice, wanted there, leased or not there", e)
 		}
 		gone[at] = true

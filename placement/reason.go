@@ -31,6 +31,7 @@ const (
 	ReasonTooSmall    Reason = "too-small"       // fewer cores or less memory than one VM needs
 	ReasonFailing     Reason = "failing"         // the pool's VMs failed there; tried again a little later each time
 	ReasonDisk        Reason = "disk"            // too little disk left for the image or for clones to grow
+	ReasonLeaving     Reason = "leaving"         // the image is there and about to be let go
 	ReasonImageSize   Reason = "image-too-large" // the image would not fit on an empty disk
 )
 
@@ -50,6 +51,7 @@ var words = map[Reason]string{
 	ReasonTooSmall:      "node too small for the pool's VMs",
 	ReasonFailing:       "the pool's VMs failed there, and the next try is not due",
 	ReasonDisk:          "too little disk left",
+	ReasonLeaving:       "its image is being let go",
 	ReasonImageSize:     "image larger than the disk",
 }
 

@@ -58,6 +58,9 @@ func playScenario(t *testing.T, file string) {
 	if len(c.explain) > 0 {
 		got = append(got, txtar.File{Name: "explain", Data: []byte(tables.String())})
 	}
+	if c.evictions != nil {
+		got = append(got, txtar.File{Name: "evictions", Data: []byte(c.showEvictions())})
+	}
 	played := txtar.Format(&txtar.Archive{Comment: archive.Comment, Files: got})
 	if *update {
 		if err := os.WriteFile(file, played, 0o644); err != nil {
@@ -74,7 +77,10 @@ func playScenario(t *testing.T, file string) {
 type cast struct {
 	Snapshot
 	digests map[fleet.Digest]string // image names back
+	refs    map[string]string       // of unused images
 	explain []fleet.JobID
+	// evictions asks for the table, with so many bytes to be free; nil: it is not asked for.
+	evictions *int64
 }
 
 // words after a line's noun and name: bare ones are flags, others key=value.
@@ -85,13 +91,14 @@ type options map[string]string
 //	image NAME pull=20GB disk=50GB
 //	pool NAME image=I [scopes=acme,b/c labels=a,b min-idle= max= max-per-repo= priority= growth=10GB nodes=n1,tag:value public hosted]
 //	node NAME [slots=2 free=400GB rate=100MB has=I,J leased=I pulling=I:5GB queued=I:0GB failed=I hold=I prewarm=I
-//	          shared=I:3GB boots=I:20s states=I:2 resumes=I:900ms tags=k:v failures= failing=P cordoned unreachable]
+//	          paused=I:5GB verifying=I marked=I recalled=I pinned=I shared=I:3GB boots=I:20s states=I:2 resumes=I:900ms tags=k:v failures= failing=P cordoned unreachable]
 //	vm NAME on=NODE pool=P [state=busy idle job=7 ends=4m]
 //	job ID [repo=acme/app name=build age=1m labels=a,b public]
 //	duration REPO name=build 5m      running REPO 3      wait-cap 20m      explain ID
+//	unused NAME [of=I]               demand I 3.5        pin I             evictions 100GB
 func parseCast(text string) (*cast, error) {
 	now := time.Date(2026, 6, 1, 9, 0, 0, 0, time.UTC)
-	c := &cast{digests: map[fleet.Digest]string{}}
+	c := &cast{digests: map[fleet.Digest]string{}, refs: map[string]string{}}
 	c.Now, c.Images, c.Running = now, map[string]fleet.Image{}, map[string]int{}
 	durations := map[[2]string]time.Duration{}
 	c.Durations = func(repository, name string) (time.Duration, bool) {
@@ -119,6 +126,21 @@ func parseCast(text string) (*cast, error) {
 			c.Images[name] = fleet.Image{Ref: name, Digest: d, Bytes: gigabytes(o["pull"]), DiskBytes: gigabytes(o["disk"])}
 		case "unused": // an image on nodes that no pool knows
 			c.digests[fleet.Digest("sha256:"+name)] = name
+			c.refs[name] = o.or("of", name)
+		case "demand":
+			lambda, err := strconv.ParseFloat(words[2], 64)
+			if err != nil {
+				return nil, err
+			}
+			if c.Demand == nil {
+				c.Demand = map[fleet.Digest]float64{}
+			}
+			c.Demand[c.digest(name)] = lambda
+		case "pin":
+			c.Pinned = map[fleet.Digest]string{c.digest(name): "by hand"}
+		case "evictions":
+			free := gigabytes(name)
+			c.evictions = &free
 		case "pool":
 			c.Pools = append(c.Pools, o.pool(name))
 		case "node":
@@ -219,7 +241,8 @@ func (c *cast) node(name string, o options) Node {
 		n.Tags = map[string]string{key: value}
 	}
 	for key, state := range map[string]fleet.ImageState{"has": fleet.ImageReady, "leased": fleet.ImageReady, "pulling": fleet.ImageCaching,
-		"queued": fleet.ImageQueued, "failed": fleet.ImageFailed, "evicting": fleet.ImageEvicting} {
+		"queued": fleet.ImageQueued, "failed": fleet.ImageFailed, "evicting": fleet.ImageEvicting,
+		"paused": fleet.ImagePaused, "verifying": fleet.ImageVerifying} {
 		for _, s := range o.list(key) {
 			image, done, _ := strings.Cut(s, ":")
 			n.Images = append(n.Images, c.nodeImage(image, gigabytes(done), state, key))
@@ -245,6 +268,15 @@ func (c *cast) node(name string, o options) Node {
 			n.Hold = append(n.Hold, fleet.Hold{Digest: c.Images[s].Digest, Demand: key == "hold"})
 		}
 	}
+	for _, s := range o.list("marked") {
+		n.Evict = append(n.Evict, c.digest(s))
+	}
+	for _, s := range o.list("recalled") {
+		n.Recalled = append(n.Recalled, c.digest(s))
+	}
+	for _, s := range o.list("pinned") {
+		n.Pinned = map[fleet.Digest]string{c.digest(s): ""}
+	}
 	for _, s := range o.list("shared") {
 		image, left, _ := strings.Cut(s, ":")
 		n.Missing[c.Images[image].Digest] = gigabytes(left)
@@ -252,22 +284,33 @@ func (c *cast) node(name string, o options) Node {
 	return n
 }
 
+// digest is an image's, also of one that no pool uses.
+func (c *cast) digest(name string) fleet.Digest {
+	if i, known := c.Images[name]; known {
+		return i.Digest
+	}
+	return fleet.Digest("sha256:" + name)
+}
+
 // nodeImage is an image on a node; "has" ones were last used done GB hours ago.
 func (c *cast) nodeImage(name string, done int64, state fleet.ImageState, key string) fleet.NodeImage {
 	i, known := c.Images[name]
 	if !known {
-		i = fleet.Image{Digest: fleet.Digest("sha256:" + name), DiskBytes: 50e9}
+		i = fleet.Image{Digest: fleet.Digest("sha256:" + name), Bytes: 20e9, DiskBytes: 50e9}
 	}
 	on := fleet.NodeImage{Digest: i.Digest, Ref: name, State: state, DiskBytes: i.DiskBytes}
+	if ref, unused := c.refs[name]; unused {
+		on.Ref = ref
+	}
 	switch state {
-	case fleet.ImageCaching, fleet.ImageQueued:
+	case fleet.ImageCaching, fleet.ImageQueued, fleet.ImagePaused:
 		on.Done, on.Total = done, i.Bytes
-		on.DiskBytes = i.DiskBytes * done / max(1, i.Bytes)
+		on.DiskBytes = int64(float64(i.DiskBytes) * float64(done) / float64(max(1, i.Bytes)))
 	case fleet.ImageFailed:
 		on.RetryAt, on.DiskBytes = c.Now.Add(time.Minute), 0
 	case fleet.ImageReady:
 		on.UsedAt = c.Now.Add(-time.Duration(done/1e9) * time.Hour)
-	case fleet.ImagePaused, fleet.ImageVerifying, fleet.ImageEvicting:
+	case fleet.ImageVerifying, fleet.ImageEvicting:
 	}
 	if key == "leased" {
 		on.Leases = 1
@@ -353,6 +396,20 @@ func showOption(o *Option) string {
 		s += fmt.Sprintf(", pulls %s", size(o.Pull))
 	}
 	return s
+}
+
+// showEvictions is the dry run as a person reads it.
+func (c *cast) showEvictions() string {
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	for _, n := range Evictions(c.Snapshot, "", *c.evictions) {
+		fmt.Fprintf(w, "%s: %s free, %s kept for clones, %s wanted, %s free then\n", n.Node, size(n.DiskFree), size(n.Growth), size(n.Want), size(n.Free))
+		for _, i := range n.Images {
+			fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\t%s\n", c.digests[i.Digest], size(i.DiskBytes), i.Fate, i.Turn, i.Stay, i.Why)
+		}
+	}
+	_ = w.Flush()
+	return b.String()
 }
 
 // showExplanation is the whole table of one job.

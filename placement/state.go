@@ -16,6 +16,7 @@ type pass struct {
 	boot    time.Duration
 	waitCap time.Duration
 	alpha   float64
+	busy    float64 // share of the slots of nodes in use that VMs have
 
 	nodes  []node // by id
 	pools  []pool // file order
@@ -42,9 +43,11 @@ type repository struct{ bound, planned int }
 // image is one digest that pools use.
 type image struct {
 	fleet.Image
-	pools  []int // that use it
-	copies int   // ready ones on reachable nodes
-	wanted bool  // a job of this pass needs it
+	pools  []int   // that use it
+	copies int     // ready ones on reachable nodes
+	slots  int     // of the nodes that have those copies
+	wanted bool    // a job of this pass needs it
+	lambda float64 // jobs per hour that ask for it; 0: none, or not known
 	// cold is what a cold boot takes where the node itself did not measure it: the mean of
 	// the nodes that did, of which measured is the number.
 	cold     time.Duration
@@ -78,7 +81,7 @@ type node struct {
 	used  int   // slots used, bound or reserved
 	slots []slot
 	have  []residence    // by image
-	gone  []fleet.Digest // images of no pool that this pass lets go
+	gone  []fleet.Digest // images that this pass lets go
 
 	evictable int64 // see the function of that name
 	counted   int   // 1 + pass.evictions when it was counted; 0: not yet
@@ -121,7 +124,7 @@ type residence struct {
 	queued   bool // its bytes are counted in the node's queue
 	demand   bool // ordered for a job before this pass
 	needed   bool // a choice of this pass rests on it
-	gone     bool // let go by this pass
+	gone     bool // about to leave: let go by this pass or one before it
 	spent    bool // there are no states any more, once states is 0
 }
 
@@ -154,6 +157,7 @@ func newPass(s *Snapshot, watch fleet.JobID) *pass {
 	}
 	p.averageStarts()
 	p.alpha = alpha(used, slots)
+	p.busy = float64(used) / float64(max(1, slots))
 	p.countVMs()
 	return p
 }
@@ -176,6 +180,18 @@ func (p *pass) indexPools() {
 		}
 		p.pools[i].image = n
 		p.images[n].pools = append(p.images[n].pools, i)
+	}
+	for d, lambda := range p.s.Demand {
+		if !(lambda > 0) {
+			continue
+		}
+		n, known := p.index[d]
+		if !known { // no pool names it any more, and still it must not vanish
+			n = len(p.images)
+			p.index[d] = n
+			p.images = append(p.images, image{Image: fleet.Image{Digest: d}})
+		}
+		p.images[n].lambda = lambda
 	}
 }
 
@@ -241,6 +257,10 @@ func (p *pass) indexImage(n *node, on *fleet.NodeImage) {
 		return
 	}
 	r := &n.have[k]
+	if p.leaving(n, on.Digest) {
+		*r = residence{gone: true, left: p.images[k].Bytes, disk: p.images[k].DiskBytes}
+		return
+	}
 	if on.Total > 0 {
 		r.left = max(0, on.Total-on.Done)
 	}
@@ -251,6 +271,7 @@ func (p *pass) indexImage(n *node, on *fleet.NodeImage) {
 		p.indexStart(n, k, &on.Start)
 		if n.in.Reachable {
 			p.images[k].copies++
+			p.images[k].slots += len(n.slots)
 		}
 	case fleet.ImageCaching, fleet.ImageVerifying:
 		r.queued = r.demand || r.presence == absent // without an order here, its reason is not known
