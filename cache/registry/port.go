@@ -69,9 +69,9 @@ func (c *Client) authenticate(ctx context.Context, p *port, repository name.Repo
 
 // login reads the credentials and gets a token for them.
 func (c *Client) login(ctx context.Context, p *port, repository name.Repository) error {
-	auth, err := authn.Resolve(ctx, c.keychain, repository)
+	auth, err := c.credentials(ctx, repository)
 	if err != nil {
-		return &cache.Error{Class: cache.ClassAuth, Err: fmt.Errorf("reading credentials for %s: %w; check the Docker config", repository.RegistryStr(), err)}
+		return err
 	}
 	trip, err := transport.NewWithContext(ctx, repository.Registry, auth, c.base, []string{repository.Scope(transport.PullScope)})
 	if err != nil {
@@ -83,6 +83,24 @@ func (c *Client) login(ctx context.Context, p *port, repository name.Repository)
 	}
 	p.client = &http.Client{Transport: trip, CheckRedirect: checkRedirect}
 	return nil
+}
+
+// credentials are a token for this very repository if there is one, else the keychain's.
+func (c *Client) credentials(ctx context.Context, repository name.Repository) (authn.Authenticator, error) {
+	if c.token != nil {
+		token, err := c.token(ctx, repository.Name())
+		if err != nil {
+			return nil, &cache.Error{Class: cache.ClassOf(err), Err: fmt.Errorf("getting a token for %s: %w", repository.Name(), err)}
+		}
+		if token != "" {
+			return authn.FromConfig(authn.AuthConfig{RegistryToken: token}), nil
+		}
+	}
+	auth, err := authn.Resolve(ctx, c.keychain, repository)
+	if err != nil {
+		return nil, &cache.Error{Class: cache.ClassAuth, Err: fmt.Errorf("reading credentials for %s: %w; check the Docker config", repository.RegistryStr(), err)}
+	}
+	return auth, nil
 }
 
 // forget makes the next request read the credentials anew.

@@ -30,6 +30,17 @@ import (
 type Config struct {
 	// Keychain has the credentials; nil: the Docker config's and its helpers'.
 	Keychain authn.Keychain
+	// Token gives a token for pulls from a repository (host/name). It is asked before the
+	// Keychain, and again after a 401; an empty token leaves it to the Keychain. nil: there
+	// is none.
+	Token func(ctx context.Context, repository string) (token string, err error)
+	// Allow refuses repositories (host/name), before any request; nil: none.
+	Allow func(repository string) error
+	// Mirror is a registry nearby that has what others have, host or host/prefix; ref
+	// host/name is then asked for as mirror/name. Empty: each registry is asked itself.
+	Mirror string
+	// For is the registry that Mirror mirrors; empty: any.
+	For string
 	// Transport is what requests go out by; nil: one of our own, on HTTP/1.1 so that each
 	// stream has a connection to itself.
 	Transport http.RoundTripper
@@ -43,6 +54,9 @@ type Config struct {
 	// Stall is how long no byte may move before a connection is given up, and how long a
 	// login may take in all; 0: 30 s.
 	Stall time.Duration
+	// Floor is the least that must move in that time, in bytes per second: a connection
+	// that trickles is given up too. 0: 1024; negative: any byte will do.
+	Floor int64
 	// Log gets retries; nil: none.
 	Log *slog.Logger
 }
@@ -50,15 +64,21 @@ type Config struct {
 // Client asks registries. It is safe for concurrent use.
 type Client struct {
 	keychain authn.Keychain
+	token    func(ctx context.Context, repository string) (string, error)
+	allow    func(repository string) error
+	mirror   string // host or host/prefix; empty: none
+	only     string // the registry host that is mirrored; empty: any
 	base     http.RoundTripper
 	codecs   []image.Codec
 	tries    int
 	pause    time.Duration
 	stall    time.Duration
+	floor    int64
 	log      *slog.Logger
 
 	mu    sync.Mutex
 	ports map[string]*port // by repository
+	hosts map[string]*host
 }
 
 var _ cache.Source = (*Client)(nil)
@@ -69,8 +89,12 @@ func New(cfg Config) (*Client, error) {
 		return nil, fmt.Errorf("registry client: tries %d, pause %s and stall %s must not be negative", cfg.Tries, cfg.Pause, cfg.Stall)
 	}
 	c := &Client{
-		keychain: cfg.Keychain, codecs: cfg.Codecs, tries: cfg.Tries, pause: cfg.Pause,
-		stall: cfg.Stall, log: cfg.Log, ports: make(map[string]*port),
+		keychain: cfg.Keychain, token: cfg.Token, allow: cfg.Allow, codecs: cfg.Codecs,
+		tries: cfg.Tries, pause: cfg.Pause, stall: cfg.Stall, floor: cfg.Floor, log: cfg.Log,
+		ports: make(map[string]*port), hosts: make(map[string]*host),
+	}
+	if err := c.setMirror(cfg.Mirror, cfg.For); err != nil {
+		return nil, err
 	}
 	if c.keychain == nil {
 		c.keychain = authn.DefaultKeychain
@@ -87,6 +111,9 @@ func New(cfg Config) (*Client, error) {
 	if c.stall == 0 {
 		c.stall = 30 * time.Second
 	}
+	if c.floor == 0 {
+		c.floor = 1024
+	}
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}
@@ -101,9 +128,9 @@ func New(cfg Config) (*Client, error) {
 // Resolve asks what image ref is now. A tag that is an index of one image is followed.
 // Errors are *cache.Error.
 func (c *Client) Resolve(ctx context.Context, ref string) (fleet.Image, error) {
-	r, err := image.ParseReference(ref)
+	r, err := c.place(ref)
 	if err != nil {
-		return fleet.Image{}, &cache.Error{Class: cache.ClassFormat, Err: err}
+		return fleet.Image{}, err
 	}
 	raw, err := c.manifest(ctx, r)
 	if err == nil {
@@ -133,15 +160,6 @@ func (c *Client) follow(ctx context.Context, r image.Reference, raw []byte) ([]b
 	return c.manifest(ctx, r.At(entry))
 }
 
-// Manifest returns the manifest with digest d; see cache.Source.
-func (c *Client) Manifest(ctx context.Context, ref string, d fleet.Digest) ([]byte, error) {
-	r, err := image.ParseReference(ref)
-	if err != nil {
-		return nil, &cache.Error{Class: cache.ClassFormat, Err: err}
-	}
-	return c.manifest(ctx, r.At(d))
-}
-
 // manifest fetches a manifest by tag or digest; a digest is verified.
 func (c *Client) manifest(ctx context.Context, r image.Reference) ([]byte, error) {
 	get := func(req *http.Request) { req.Header.Set("Accept", strings.Join(image.AcceptedTypes, ", ")) }
@@ -163,40 +181,15 @@ func (c *Client) manifest(ctx context.Context, r image.Reference) ([]byte, error
 	return raw, nil
 }
 
-// Name is what logs and metrics call these registries.
-func (c *Client) Name() string { return "registry" }
-
-// Kind says that these bytes come from outside.
-func (c *Client) Kind() cache.Kind { return cache.KindRegistry }
-
-// Has says that the registry has all of an image, as blobs.
-func (c *Client) Has(w cache.Want) (wire int64, ok bool) { return w.Chunk.BlobSize, true }
-
-// Open opens a blob from a byte on; see cache.Source.
-func (c *Client) Open(ctx context.Context, w cache.Want, from int64) (io.ReadCloser, error) {
-	b := image.Blob{Digest: w.Chunk.Blob, Size: w.Chunk.BlobSize, MediaType: w.Chunk.MediaType}
-	return c.blob(ctx, w.Ref, b, from)
-}
-
-// Blob opens a whole blob.
-func (c *Client) Blob(ctx context.Context, ref string, b image.Blob) (io.ReadCloser, error) {
-	return c.blob(ctx, ref, b, 0)
-}
-
-func (c *Client) blob(ctx context.Context, ref string, b image.Blob, from int64) (io.ReadCloser, error) {
-	r, err := image.ParseReference(ref)
-	if err != nil {
-		return nil, &cache.Error{Class: cache.ClassFormat, Err: err}
-	}
-	return c.open(ctx, r.Repository(), "blobs/"+string(b.Digest), from, b.Size, func(*http.Request) {})
-}
-
 // checkRedirect follows a few redirects, and never carries credentials to another host:
 // what net/http would copy to a subdomain goes too, and the transport adds them for the
 // registry's own host only.
 func checkRedirect(req *http.Request, via []*http.Request) error {
 	if len(via) >= 5 {
 		return errors.New("stopped after 5 redirects")
+	}
+	if image.Loopback(req.URL.Host) && !image.Loopback(via[0].URL.Host) {
+		return fmt.Errorf("%s redirects to this machine: refused", via[0].URL.Host)
 	}
 	if req.URL.Host != via[0].URL.Host {
 		req.Header.Del("Authorization")
@@ -214,6 +207,12 @@ func (t plainOnlyHere) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, fmt.Errorf("%w to %s: only localhost is spoken to without TLS", errPlain, req.URL.Host)
 	}
 	return t.inner.RoundTrip(req)
+}
+
+// progress is how many bytes make a try worth it, so that the count of tries begins
+// anew: what has to move in the time of a stall.
+func (c *Client) progress() int64 {
+	return max(1, int64(float64(c.floor)*c.stall.Seconds()))
 }
 
 var errPlain = errors.New("refusing plain HTTP")

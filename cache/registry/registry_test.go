@@ -192,6 +192,11 @@ func TestAuth(t *testing.T) {
 	}
 }
 
+// wantOf is a want of a whole blob.
+func wantOf(ref string, b image.Blob) cache.Want {
+	return cache.Want{Ref: ref, Chunk: image.Chunk{Content: b.Digest, Size: b.Size, Blob: b.Digest, BlobSize: b.Size}}
+}
+
 // blobOf is the first disk chunk's blob of an image.
 func blobOf(t *testing.T, client *registry.Client, ref string, d fleet.Digest) image.Blob {
 	t.Helper()
@@ -231,7 +236,7 @@ func TestRedirectWithoutCredentials(t *testing.T) {
 			b.Size = 100
 			reg.Break(b.Digest, registrytest.Fault{Kind: registrytest.Redirect, Location: storage.URL})
 			defer reg.Heal()
-			body, err := client.Blob(t.Context(), ref, b)
+			body, err := client.Open(t.Context(), wantOf(ref, b), 0)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -257,7 +262,7 @@ func TestStall(t *testing.T) {
 	reg.Reset()
 	reg.Break(b.Digest, registrytest.Fault{Kind: registrytest.Hang, At: 5000, Times: 1})
 	reg.Break(b.Digest, registrytest.Fault{Kind: registrytest.Slow, Rate: 100_000, Times: 1})
-	body, err := client.Blob(t.Context(), ref, b)
+	body, err := client.Open(t.Context(), wantOf(ref, b), 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -292,7 +297,7 @@ func TestSlowReaderAndCancel(t *testing.T) {
 			t.Fatal(err)
 		}
 		ctx, cancel := context.WithCancel(t.Context())
-		body, err := client.Blob(ctx, "localhost:5000/fleet/base:v1", image.Blob{Digest: "sha256:x", Size: 1000})
+		body, err := client.Open(ctx, wantOf("localhost:5000/fleet/base:v1", image.Blob{Digest: image.DigestOf(nil), Size: 1000}), 0)
 		if err != nil {
 			t.Fatal(err)
 		}
