@@ -39,6 +39,7 @@ type office struct {
 	evict    []fleet.Digest
 	logins   []api.PoolLogin
 	sessions map[string]api.SessionOrder
+	more     func(*api.SyncReply) // adds to each reply; nil: nothing
 
 	reports  map[fleet.VMID]api.VMReport // the latest of each
 	gone     map[fleet.VMID]bool         // no longer reported after it was done
@@ -145,6 +146,9 @@ func (o *office) reply(r api.SyncRequest) api.SyncReply {
 	}
 	if o.deaf {
 		reply.Applied = 0
+	}
+	if o.more != nil {
+		o.more(&reply)
 	}
 	for _, id := range slices.Sorted(maps.Keys(o.run)) {
 		if _, told := o.reports[id]; !told {
@@ -399,6 +403,7 @@ func (m *machine) Destroy(context.Context) error {
 // stand is one node's surroundings, which outlive its agents.
 type stand struct {
 	people Sessions
+	change func(*Config) // of the agent; nil: none
 	office *office
 	yard   *yard
 	shelf  *shelf
@@ -422,12 +427,16 @@ func newStand(t *testing.T) *stand {
 // agent starts an agent; stop ends it and returns when it has gone.
 func (s *stand) agent(t *testing.T) (stop func()) {
 	t.Helper()
-	a, err := New(Config{
+	config := Config{
 		ID: "mac-1", Slots: s.slots, Dir: s.dir, Driver: "yard", Machines: s.yard, Images: s.shelf,
 		Sync: s.office.Sync, Sessions: s.people, Keep: func() bool { return s.keep }, Log: s.log,
 		SaveStates: s.states, CloneFile: cache.CloneFile, Free: func() (int64, error) { return s.free.Load(), nil },
 		CanShare: func() (bool, error) { return s.shares, nil },
-	})
+	}
+	if s.change != nil {
+		s.change(&config)
+	}
+	a, err := New(config)
 	if err != nil {
 		t.Fatal(err)
 	}
