@@ -69,6 +69,7 @@ type Client struct {
 	mirror   string // host or host/prefix; empty: none
 	only     string // the registry host that is mirrored; empty: any
 	base     http.RoundTripper
+	outward  http.RoundTripper // of pushes: registries think long over what they are given
 	codecs   []image.Codec
 	tries    int
 	pause    time.Duration
@@ -117,11 +118,11 @@ func New(cfg Config) (*Client, error) {
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}
-	base := cfg.Transport
+	base, outward := cfg.Transport, cfg.Transport
 	if base == nil {
-		base = newTransport()
+		base, outward = newTransport(30*time.Second), newTransport(settleTime)
 	}
-	c.base = plainOnlyHere{base}
+	c.base, c.outward = plainOnlyHere{base}, plainOnlyHere{outward}
 	return c, nil
 }
 
@@ -218,15 +219,15 @@ func (c *Client) progress() int64 {
 var errPlain = errors.New("refusing plain HTTP")
 
 // newTransport is net/http's, without HTTP/2 (whose streams would share one connection,
-// and so one loss of a packet) and with as many idle connections as there are streams.
-func newTransport() http.RoundTripper {
+// and so one loss of a packet) and with as many idle connections as there are streams. An answer has to begin within a time.
+func newTransport(begin time.Duration) http.RoundTripper {
 	// net/http documents the type behind the interface.
 	t := http.DefaultTransport.(*http.Transport).Clone()
 	t.ForceAttemptHTTP2 = false
 	t.Protocols = new(http.Protocols)
 	t.Protocols.SetHTTP1(true)
 	t.MaxIdleConnsPerHost = 32
-	t.ResponseHeaderTimeout = 30 * time.Second
+	t.ResponseHeaderTimeout = begin
 	t.DisableCompression = true // blobs are bytes, whatever they look like
 	return t
 }
