@@ -30,6 +30,10 @@ func keys(prefix string) []string {
 		"cursors",  // hash: name → value
 		"ledger",   // hash: version, body
 		"pending",  // hash: id of a person's session that no node has answered → record (see pend.lua)
+
+		// Of images that are pulled; each has three keys more at each site (see swarm.lua).
+		"swarms",    // sorted set: site and image by the last word on it in ms
+		"claimants", // sorted set: site, image and node by the end of its last claim in ms
 	}
 	for i, name := range names {
 		names[i] = "{" + prefix + "}:" + name
@@ -39,8 +43,10 @@ func keys(prefix string) []string {
 
 // Positions in keys of those that Go names, too.
 const (
-	keyEvents = 9
-	keyLedger = 14
+	keyEvents    = 9
+	keyLedger    = 14
+	keySwarms    = 16
+	keyClaimants = 17
 )
 
 //go:embed lua/prelude.lua
@@ -71,6 +77,14 @@ var (
 	pendSource string
 	//go:embed lua/unpend.lua
 	unpendSource string
+	//go:embed lua/swarm.lua
+	swarmSource string
+	//go:embed lua/chunks.lua
+	chunksSource string
+	//go:embed lua/drop.lua
+	dropSource string
+	//go:embed lua/sweepswarm.lua
+	sweepSwarmSource string
 	//go:embed lua/snapshot.lua
 	snapshotSource string
 	//go:embed lua/restore.lua
@@ -79,27 +93,35 @@ var (
 
 // The scripts; Redis keeps them by hash after the first use.
 var (
-	mergeScript     = redis.NewScript(prelude + mergeSource)
-	commitScript    = redis.NewScript(prelude + commitSource)
-	viewScript      = redis.NewScript(prelude + viewSource)
-	leadScript      = redis.NewScript(prelude + leadSource)
-	resignScript    = redis.NewScript(prelude + resignSource)
-	sweepScript     = redis.NewScript(prelude + sweepSource)
-	cursorScript    = redis.NewScript(prelude + cursorSource)
-	setCursorScript = redis.NewScript(prelude + setCursorSource)
-	ledgerScript    = redis.NewScript(prelude + ledgerSource)
-	pendScript      = redis.NewScript(prelude + waitingSource + pendSource)
-	unpendScript    = redis.NewScript(prelude + waitingSource + unpendSource)
-	snapshotScript  = redis.NewScript(prelude + snapshotSource)
-	restoreScript   = redis.NewScript(prelude + restoreSource)
+	mergeScript      = redis.NewScript(prelude + mergeSource)
+	commitScript     = redis.NewScript(prelude + commitSource)
+	viewScript       = redis.NewScript(prelude + viewSource)
+	leadScript       = redis.NewScript(prelude + leadSource)
+	resignScript     = redis.NewScript(prelude + resignSource)
+	sweepScript      = redis.NewScript(prelude + sweepSource)
+	cursorScript     = redis.NewScript(prelude + cursorSource)
+	setCursorScript  = redis.NewScript(prelude + setCursorSource)
+	ledgerScript     = redis.NewScript(prelude + ledgerSource)
+	pendScript       = redis.NewScript(prelude + waitingSource + pendSource)
+	unpendScript     = redis.NewScript(prelude + waitingSource + unpendSource)
+	chunksScript     = redis.NewScript(prelude + swarmSource + chunksSource)
+	dropScript       = redis.NewScript(prelude + swarmSource + dropSource)
+	sweepSwarmScript = redis.NewScript(prelude + swarmSource + sweepSwarmSource)
+	snapshotScript   = redis.NewScript(prelude + snapshotSource)
+	restoreScript    = redis.NewScript(prelude + restoreSource)
 )
 
 // run calls a script and returns its answer as an array.
 func (s *Store) run(ctx context.Context, doing string, script *redis.Script, args ...any) ([]any, error) {
+	return s.runOn(ctx, doing, s.keys, script, args...)
+}
+
+// runOn is run for a script that has further keys than those of all.
+func (s *Store) runOn(ctx context.Context, doing string, keys []string, script *redis.Script, args ...any) ([]any, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	all := append([]any{rand.Text(), s.channel}, args...)
-	answer, err := script.Run(ctx, s.rdb, s.keys, all...).Result()
+	answer, err := script.Run(ctx, s.rdb, keys, all...).Result()
 	if err != nil {
 		return nil, s.wrap(ctx, doing, err)
 	}

@@ -70,6 +70,13 @@ func calls(s *store.Store) map[string]func(context.Context) error {
 			_, err := s.UpdateLedger(ctx, func(*store.Ledger) error { return nil })
 			return err
 		},
+		"Chunks": func(ctx context.Context) error { _, err := s.Chunks(ctx, chunkWord("mac-1"), chunkLimits); return err },
+		"DropChunks": func(ctx context.Context) error {
+			return s.DropChunks(ctx, "lab", chunkWord("").Image, []fleet.NodeID{"a"})
+		},
+		"Claimants":   func(ctx context.Context) error { _, err := s.Claimants(ctx); return err },
+		"CountChunks": func(ctx context.Context) error { _, err := s.CountChunks(ctx); return err },
+		"SweepChunks": func(ctx context.Context) error { _, err := s.SweepChunks(ctx, chunkLimits); return err },
 	}
 }
 

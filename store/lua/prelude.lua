@@ -3,7 +3,7 @@
 local meta, jobs, vms, nodes, images, orders = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local tombs, changes, gone, events = KEYS[7], KEYS[8], KEYS[9], KEYS[10]
 local sessions, units, held, cursors, ledger = KEYS[11], KEYS[12], KEYS[13], KEYS[14], KEYS[15]
-local pending = KEYS[16]
+local pending = KEYS[16] -- 17 and on: see swarm.lua
 local hashes = {j = jobs, v = vms, n = nodes, i = images, o = orders, s = pending}
 
 -- ARGV[1] names the incarnation that is made if none is found; ARGV[2] is the channel.

@@ -1,0 +1,128 @@
+package store_test
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/store"
+)
+
+// The cast: nodes of the site lab that pull an image of 94 pieces, 2/3 of 50 GB.
+const chunkPieces = 94
+
+var chunkLimits = store.ChunkLimits{
+	Claim: time.Minute, Silent: 90 * time.Second, Left: time.Hour, Open: 16, Nodes: 5000, Swarms: 500, Peers: 16,
+}
+
+func chunkWord(node fleet.NodeID, have ...int) store.ChunkWord {
+	w := store.ChunkWord{
+		Site: "lab", Image: fleet.Digest("sha256:" + strings.Repeat("a", 64)), Node: node, Pieces: chunkPieces,
+		Have: make([]byte, (chunkPieces+7)/8), Serves: true,
+	}
+	for p := range chunkPieces {
+		if slices.Contains(have, p) {
+			w.Have[p/8] |= 1 << (p % 8)
+		} else {
+			w.Want = append(w.Want, p)
+		}
+	}
+	return w
+}
+
+// TestClaimsAfterFlushAll: an emptied store has forgotten claims and pieces. What is being
+// fetched is claimed again by the next word of whoever fetches it, and what a node has is
+// known again by its own; nobody is refused.
+func TestClaimsAfterFlushAll(t *testing.T) {
+	s, ctl := openRedis(t, store.Config{})
+	t.Run("redis", func(t *testing.T) { claimsFlushed(t, s, func() { ctl.Flush(t) }) })
+	t.Run("redis killed", func(t *testing.T) {
+		ctl.Flush(t)
+		claimsFlushed(t, s, func() {
+			ctl.Stop(t)
+			if _, err := s.Chunks(t.Context(), chunkWord("mac-1"), chunkLimits); err == nil {
+				t.Error("a store that is away grants claims")
+			}
+			ctl.Start(t)
+			ctl.Flush(t)
+		})
+	})
+	e := openEmbedded(t, store.EmbeddedConfig{})
+	t.Run("embedded", func(t *testing.T) { claimsFlushed(t, e, e.FlushEmbedded) })
+}
+
+func claimsFlushed(t *testing.T, s *store.Store, flush func()) {
+	say := func(w store.ChunkWord) store.ChunkAnswer {
+		t.Helper()
+		a, err := s.Chunks(t.Context(), w, chunkLimits)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a
+	}
+	one := chunkWord("mac-1", 0, 1)
+	one.Fetching = say(one).Grant
+	say(chunkWord("mac-2", 20))
+	flush()
+	a := say(one)
+	for _, p := range a.Grant {
+		if slices.Contains(one.Fetching, p) {
+			t.Errorf("piece %d, which mac-1 fetches, is granted to it again", p)
+		}
+	}
+	two := say(chunkWord("mac-2", 20))
+	if len(two.Peers) != 1 || two.Peers[0].Node != "mac-1" || len(two.Grant) == 0 {
+		t.Errorf("%+v", two)
+	}
+	for _, p := range two.Grant {
+		if p < 2 || slices.Contains(one.Fetching, p) {
+			t.Errorf("piece %d is granted to mac-2, and mac-1 has or fetches it", p)
+		}
+	}
+}
+
+// BenchmarkChunks is the words of 1,000 nodes that pull one image, one word after the
+// other of random nodes on a real Redis, each with a few pieces more than its last.
+func BenchmarkChunks(b *testing.B) {
+	for _, pieces := range []int{chunkPieces, 4000} {
+		b.Run(fmt.Sprint(pieces, "-pieces"), func(b *testing.B) { benchChunks(b, pieces) })
+	}
+}
+
+func benchChunks(b *testing.B, pieces int) {
+	const nodes = 1000
+	s, _ := openRedis(b, store.Config{})
+	words := make([]store.ChunkWord, nodes)
+	for i := range words {
+		words[i] = chunkWord(fleet.NodeID(fmt.Sprint("mac-", i)))
+		words[i].Pieces, words[i].Have = pieces, make([]byte, (pieces+7)/8)
+		for range pieces / 2 {
+			p := rand.IntN(pieces)
+			words[i].Have[p/8] |= 1 << (p % 8)
+		}
+		if _, err := s.Chunks(b.Context(), words[i], chunkLimits); err != nil {
+			b.Fatal(err)
+		}
+	}
+	var last atomic.Int64
+	b.SetParallelism(16)
+	b.ResetTimer()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			w := words[last.Add(1)%nodes]
+			w.Have = slices.Clone(w.Have)
+			p := rand.IntN(pieces)
+			w.Have[p/8] |= 1 << (p % 8)
+			if _, err := s.Chunks(b.Context(), w, chunkLimits); err != nil {
+				b.Error(err)
+				return
+			}
+		}
+	})
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "words/s")
+}
