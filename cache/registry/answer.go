@@ -44,7 +44,7 @@ func (d *download) request(ctx context.Context) (retryAfter time.Duration, err e
 	if err != nil {
 		cancel()
 		if stalled {
-			err = fmt.Errorf("no answer for %s: %w", d.client.stall, err)
+			err = fmt.Errorf("%w: no answer for %s", errSlow, d.client.stall)
 		}
 		return 0, d.classify(err)
 	}
@@ -112,17 +112,22 @@ func (d *download) part() error {
 	return nil
 }
 
+// waste ends a body that could only go on by fetching more once more than it is long: on
+// a bad line that would grow with the square. Once is always granted.
+func (d *download) waste() error {
+	if d.skipped == 0 || d.ranged() || d.skipped+d.at <= d.size {
+		return nil
+	}
+	return d.network(fmt.Errorf("%w, and %d bytes have come twice already", errWaste, d.skipped))
+}
+
 // skip reads over what is here already, when the whole comes although a part was asked
-// for. It does so as long as no more is wasted than the body is long, for a body that
-// begins in the middle at least once: on a bad line the waste would grow with its square.
+// for.
 func (d *download) skip() error {
 	if d.at == 0 {
 		return nil
 	}
 	d.host.answersNoRanges()
-	if d.skipped > 0 && d.skipped+d.at > d.size {
-		return d.network(fmt.Errorf("%w, and %d bytes have come twice already", errWaste, d.skipped))
-	}
 	buffer := make([]byte, 32<<10)
 	for left := d.at; left > 0; {
 		n, err := d.take(buffer[:min(left, int64(len(buffer)))])

@@ -175,6 +175,9 @@ func (d *download) connect(ctx context.Context) error {
 		if err := d.host.wait(ctx); err != nil {
 			return err
 		}
+		if err := d.waste(); err != nil {
+			return err
+		}
 		retryAfter, err := d.request(ctx)
 		if err == nil || ctx.Err() != nil {
 			return errors.Join(err, ctx.Err())
@@ -186,7 +189,7 @@ func (d *download) connect(ctx context.Context) error {
 			d.whole = true
 			continue
 		}
-		if cache.ClassOf(err) != cache.ClassNetwork || errors.Is(err, errPlain) || errors.Is(err, errWaste) {
+		if cache.ClassOf(err) != cache.ClassNetwork || errors.Is(err, errPlain) {
 			return err
 		}
 		if err := d.again(ctx, err, retryAfter); err != nil {

@@ -1,7 +1,6 @@
 package registry
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -9,56 +8,23 @@ import (
 	"sync"
 	"time"
 
-	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/paddock-ci/paddock/cache"
-	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/image"
 )
 
-// layer is one blob on its way, as go-containerregistry wants it.
+// layer is one blob on its way.
 type layer struct {
-	blob  image.Blob
+	image.Blob
 	hash  v1.Hash
-	read  func() (io.ReadCloser, error)
-	from  *name.Digest // where it may be mounted from; nil: nowhere
+	open  func() (io.ReadCloser, error)
 	tally *tally
-	told  int64 // of its bytes, what the tally has
+	told  int64 // of its bytes, what the tally has; the tally guards it
+	try   int   // how often it was opened; as told
 	stall time.Duration
 	timer *time.Timer // ends the upload when nothing moves
-}
-
-var _ v1.Layer = (*layer)(nil)
-
-func (l *layer) Digest() (v1.Hash, error)             { return l.hash, nil }
-func (l *layer) DiffID() (v1.Hash, error)             { return l.hash, nil }
-func (l *layer) Uncompressed() (io.ReadCloser, error) { return l.Compressed() }
-func (l *layer) Size() (int64, error)                 { return l.blob.Size, nil }
-func (l *layer) MediaType() (types.MediaType, error)  { return types.MediaType(l.blob.MediaType), nil }
-
-// Compressed opens the blob, for one try.
-func (l *layer) Compressed() (io.ReadCloser, error) {
-	l.tell(0)
-	in, err := l.read()
-	if err != nil {
-		return nil, err
-	}
-	left := l.blob.Size
-	return body{
-		read: func(p []byte) (int, error) {
-			n, err := in.Read(p)
-			if left -= int64(n); left < 0 {
-				return 0, &cache.Error{Class: cache.ClassDigest, Err: fmt.Errorf("blob %s has more than the %d bytes that the manifest says", l.blob.Digest, l.blob.Size)}
-			}
-			l.tell(l.blob.Size - left)
-			l.timer.Reset(l.patience(left))
-			return n, err
-		},
-		close: in.Close,
-	}, nil
 }
 
 // patience is how long nothing may move, with so much of the blob left to send.
@@ -69,100 +35,81 @@ func (l *layer) patience(left int64) time.Duration {
 	return l.stall
 }
 
-// tell tells the tally how much of the blob is at the registry.
-func (l *layer) tell(sent int64) {
-	l.tally.add(sent - l.told)
-	l.told = sent
+// view is a layer as go-containerregistry wants it.
+type view struct{ *layer }
+
+var _ v1.Layer = view{}
+
+func (v view) Digest() (v1.Hash, error)             { return v.hash, nil }
+func (v view) DiffID() (v1.Hash, error)             { return v.hash, nil }
+func (v view) Uncompressed() (io.ReadCloser, error) { return v.Compressed() }
+func (v view) Size() (int64, error)                 { return v.layer.Size, nil }
+func (v view) MediaType() (types.MediaType, error)  { return types.MediaType(v.layer.MediaType), nil }
+
+// Compressed opens the blob, for one try.
+func (v view) Compressed() (io.ReadCloser, error) {
+	l := v.layer
+	in, err := l.open()
+	if err != nil {
+		return nil, ours(err)
+	}
+	try := l.tally.begin(l)
+	left := l.Size
+	return body{
+		read: func(p []byte) (int, error) {
+			n, err := in.Read(p)
+			if left -= int64(n); left < 0 {
+				return 0, &cache.Error{Class: cache.ClassDigest, Err: fmt.Errorf("blob %s has more than its %d bytes", l.Digest, l.Size)}
+			}
+			l.tally.sent(l, try, l.Size-left)
+			l.timer.Reset(l.patience(left))
+			if err != nil && !errors.Is(err, io.EOF) {
+				err = ours(err)
+			}
+			return n, err
+		},
+		close: in.Close,
+	}, nil
+}
+
+// ours keeps an error of reading a blob from being taken for one of the network.
+func ours(err error) error {
+	return &cache.Error{Class: cache.ClassOf(err), Err: fmt.Errorf("reading a blob to push it: %w", err)}
 }
 
 // tally adds up what blobs tell.
 type tally struct {
-	mu    sync.Mutex
-	done  int64
-	total int64
-	each  func(done, total int64) // nil: nobody listens
+	mu   sync.Mutex
+	done int64
+	tell func(done int64) // nil: nobody listens
 }
 
-func (t *tally) add(n int64) {
+// begin begins a try to send a layer: what was sent of it counts no longer.
+func (t *tally) begin(l *layer) (try int) {
+	t.mu.Lock()
+	l.try++
+	try = l.try
+	t.mu.Unlock()
+	t.sent(l, try, 0)
+	return try
+}
+
+// sent is told how much of a layer is at the registry, by its last try or, as try -1, by
+// who knows. Of an earlier try the transport may still be reading.
+func (t *tally) sent(l *layer, try int, n int64) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.done += n
-	if t.each != nil && n != 0 {
-		t.each(t.done, t.total)
+	if try >= 0 && try != l.try || n == l.told {
+		return
 	}
-}
-
-// layers are the distinct blobs that a manifest names, each with where its bytes are.
-func (c *Client) layers(ctx context.Context, p PushRequest, doc *image.Document, to name.Repository) ([]*layer, error) {
-	here := make(map[fleet.Digest]Blob, len(p.Blobs))
-	for _, b := range p.Blobs {
-		here[b.Digest] = b
+	if try < 0 {
+		l.try++
 	}
-	parent := to
-	if p.Parent != "" {
-		r, err := c.place(p.Parent)
-		if err != nil {
-			return nil, fmt.Errorf("its parent: %w", err)
-		}
-		parent = r.Repository()
+	t.done += n - l.told
+	l.told = n
+	if t.tell != nil {
+		t.tell(t.done)
 	}
-	tally := &tally{each: p.Progress}
-	var layers []*layer
-	seen := make(map[fleet.Digest]bool)
-	for _, d := range append([]image.Descriptor{doc.Config}, doc.Layers...) {
-		if seen[d.Digest] {
-			continue
-		}
-		seen[d.Digest] = true
-		if err := d.Blob().Check(image.MaxDiskBytes); err != nil {
-			return nil, &cache.Error{Class: cache.ClassFormat, Err: err}
-		}
-		hash, err := v1.NewHash(string(d.Digest))
-		if err != nil {
-			return nil, &cache.Error{Class: cache.ClassFormat, Err: err}
-		}
-		l := &layer{blob: d.Blob(), hash: hash, tally: tally, stall: c.stall}
-		switch b, ok := here[d.Digest]; {
-		case ok && b.Size != d.Size:
-			return nil, &cache.Error{Class: cache.ClassFormat, Err: fmt.Errorf("blob %s has %d bytes here, the manifest says %d", d.Digest, b.Size, d.Size)}
-		case ok:
-			l.read = b.Open
-		case parent != to:
-			l.read = func() (io.ReadCloser, error) { return c.blob(ctx, parent, d.Blob(), 0) }
-			if parent.RegistryStr() == to.RegistryStr() {
-				from := parent.Digest(string(d.Digest))
-				l.from = &from
-			}
-		default:
-			l.read = func() (io.ReadCloser, error) {
-				return nil, &cache.Error{Class: cache.ClassNotFound, Err: fmt.Errorf("blob %s is neither here nor at %s; name the image's parent", d.Digest, to.Name())}
-			}
-		}
-		layers = append(layers, l)
-		tally.total += d.Size
-	}
-	return layers, nil
-}
-
-// upload brings one blob to the registry, unless it has it or mounts it.
-func (c *Client) upload(ctx context.Context, pusher *remote.Pusher, to name.Repository, l *layer) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	l.timer = time.AfterFunc(settleTime, func() { cancel(fmt.Errorf("%w: nothing moves", errSlow)) })
-	defer l.timer.Stop()
-	var source v1.Layer = l
-	if l.from != nil {
-		source = &remote.MountableLayer{Layer: l, Reference: *l.from}
-	}
-	err := pusher.Upload(ctx, to, source)
-	if cause := context.Cause(ctx); err != nil && errors.Is(cause, errSlow) {
-		err = cause
-	}
-	if err != nil {
-		return classify(to, "blobs/"+string(l.blob.Digest), err)
-	}
-	l.tell(l.blob.Size) // it was there, or mounted
-	return nil
 }
 
 // manifest is what go-containerregistry needs to know of one.

@@ -24,6 +24,8 @@ type Fault struct {
 	Rate int
 	// Location is where Redirect points.
 	Location string
+	// Whole answers with 200 and everything, whatever range was asked for, besides.
+	Whole bool
 	// Unsized leaves out the answer's length, of Truncate and Overlong: the body just ends.
 	Unsized bool
 }

@@ -31,7 +31,7 @@ func (r *Registry) serve(w http.ResponseWriter, req *http.Request, d fleet.Diges
 	}
 	start, end, ranged := byteRange(req.Header.Get("Range"), size)
 	switch {
-	case f.Kind == IgnoreRange:
+	case f.Kind == IgnoreRange, f.Whole:
 		start, end, ranged = 0, size, false
 	case f.Kind == RefuseRange && ranged, start >= end:
 		w.WriteHeader(http.StatusRequestedRangeNotSatisfiable)
@@ -84,8 +84,11 @@ func (r *Registry) send(w http.ResponseWriter, req *http.Request, a answer) {
 			}
 			strikes = false
 		}
-		if f.Kind == Slow && !pause(req, a.healed) {
-			return
+		if f.Kind == Slow {
+			_ = http.NewResponseController(w).Flush() // or a trickle would stay in a buffer
+			if !pause(req, a.healed) {
+				return
+			}
 		}
 	}
 }
