@@ -60,8 +60,8 @@ func (p *pass) stays(n *node, on *fleet.NodeImage) Stay {
 		return ""
 	case n.have[k].needed:
 		return StayNeeded
-	case on.State == fleet.ImageReady && p.images[k].copies <= 1 && p.inDemand(k):
-		return StayLast
+	case p.others(n, k) == 0 && p.inDemand(k):
+		return StayLast // also half done: it may be whole by the time that the order comes
 	}
 	return ""
 }
@@ -133,7 +133,7 @@ func (p *pass) standing() {
 			}
 			on := &n.in.Images[at]
 			k, known := p.index[d]
-			if p.fixed(n, on) != "" || known && on.State == fleet.ImageReady && p.images[k].copies == 0 && p.inDemand(k) {
+			if p.fixed(n, on) != "" || known && p.images[k].copies == 0 && p.inDemand(k) {
 				continue
 			}
 			if on.State != fleet.ImageEvicting { // else its bytes are counted as free

@@ -53,7 +53,7 @@ func Evictions(s Snapshot, id fleet.NodeID, free int64) []NodeEvictions {
 	p.run()
 	told := []NodeEvictions{}
 	for i := range p.nodes {
-		if n := &p.nodes[i]; (id == "" || id == n.in.ID) && n.in.Reachable {
+		if n := &p.nodes[i]; free > 0 && (id == "" || id == n.in.ID) && n.in.Reachable {
 			p.letGo(n, free, classPool, 0, "room that was asked for")
 		}
 	}

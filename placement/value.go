@@ -72,9 +72,9 @@ func (p *pass) whyGoes(n *node, v *victim) string {
 		about(p.refetch(n, k, v.on)), copies)
 }
 
-// others counts the copies of an image on other nodes.
+// others counts the copies of an image that other nodes in reach have.
 func (p *pass) others(n *node, k int) int {
-	if n.have[k].presence == ready && n.in.Reachable {
+	if n.in.Reachable && n.have[k].presence == ready {
 		return p.images[k].copies - 1
 	}
 	return p.images[k].copies
