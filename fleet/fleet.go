@@ -83,7 +83,7 @@ func CheckDigest(d Digest) error {
 	if digestPattern.MatchString(string(d)) {
 		return nil
 	}
-	return fmt.Errorf("digest %q: want sha256: and 64 lower-case hex digits", d)
+	return fmt.Errorf("digest %.80q: want sha256: and 64 lower-case hex digits", d)
 }
 
 // Short is the first twelve hex digits, for people.

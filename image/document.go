@@ -1,7 +1,9 @@
 package image
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 
 	"github.com/paddock-ci/paddock/fleet"
@@ -55,19 +57,61 @@ func ParseDocument(raw []byte) (*Document, error) {
 	case MediaTypeIndex, mediaTypeDockerList:
 		return nil, fmt.Errorf("%w: name the digest of the entry that is meant", ErrIndex)
 	default:
-		return nil, fmt.Errorf("manifest: %w %q", ErrUnknownMediaType, kind)
+		return nil, fmt.Errorf("manifest: %w %.120q", ErrUnknownMediaType, kind)
 	}
-	doc := &Document{Raw: raw, Digest: DigestOf(raw)}
-	if err := json.Unmarshal(raw, doc); err != nil {
-		return nil, fmt.Errorf("%w: manifest: %w", ErrMalformed, err)
+	type plain Document // without its layers, which are read with a bound
+	doc := struct {
+		*plain
+		Layers descriptors `json:"layers"`
+	}{plain: &plain{Raw: raw, Digest: DigestOf(raw)}}
+	if err := unmarshal(raw, &doc, "manifest"); err != nil {
+		return nil, err
 	}
 	if len(doc.Layers) == 0 {
 		return nil, fmt.Errorf("%w: the manifest has no layers", ErrMalformed)
 	}
-	if len(doc.Layers) > MaxLayers {
-		return nil, fmt.Errorf("%w: %d layers, at most %d are read", ErrTooLarge, len(doc.Layers), MaxLayers)
+	doc.plain.Layers = doc.Layers
+	return (*Document)(doc.plain), nil
+}
+
+// descriptors are at most MaxLayers: what a manifest's 4 MiB could hold of empty ones
+// would fill a hundred times that in memory before anyone could count them.
+type descriptors []Descriptor
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (l *descriptors) UnmarshalJSON(raw []byte) error {
+	*l = nil
+	if string(raw) == "null" {
+		return nil
 	}
-	return doc, nil
+	dec := json.NewDecoder(bytes.NewReader(raw))
+	if open, err := dec.Token(); err != nil || open != json.Delim('[') {
+		return fmt.Errorf("%.20q where a list of descriptors belongs", raw)
+	}
+	for dec.More() {
+		if len(*l) == MaxLayers {
+			return fmt.Errorf("%w: a list of more than %d layers or entries", ErrTooLarge, MaxLayers)
+		}
+		var d Descriptor
+		if err := dec.Decode(&d); err != nil {
+			return err
+		}
+		*l = append(*l, d)
+	}
+	return nil
+}
+
+// unmarshal reads JSON; what is wrong with it is ErrMalformed, unless it is ErrTooLarge.
+func unmarshal(raw []byte, into any, what string) error {
+	err := json.Unmarshal(raw, into)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, ErrTooLarge):
+		return fmt.Errorf("%s: %w", what, err)
+	default:
+		return fmt.Errorf("%w: %s: %.200s", ErrMalformed, what, err.Error()) // it may quote a number of a megabyte
+	}
 }
 
 // IndexEntry looks for an index of images. If raw is one, ok is true and entry is its
@@ -82,19 +126,26 @@ func IndexEntry(raw []byte) (entry fleet.Digest, ok bool, err error) {
 		return "", false, nil
 	}
 	var index struct {
-		Manifests []Descriptor `json:"manifests"`
+		Manifests descriptors `json:"manifests"`
 	}
-	if err := json.Unmarshal(raw, &index); err != nil {
-		return "", true, fmt.Errorf("%w: index: %w", ErrMalformed, err)
+	if err := unmarshal(raw, &index, "index"); err != nil {
+		return "", true, err
 	}
-	if n := len(index.Manifests); n != 1 {
+	switch n := len(index.Manifests); n {
+	case 0:
+		return "", true, fmt.Errorf("%w: it has no entries, so that there is nothing to pull", ErrIndex)
+	case 1:
+	default:
 		return "", true, fmt.Errorf("%w: it has %d entries, so name the digest of the one that is meant", ErrIndex, n)
 	}
-	entry = index.Manifests[0].Digest
-	if err := fleet.CheckDigest(entry); err != nil {
-		return "", true, fmt.Errorf("%w: index entry: %w", ErrMalformed, err)
+	single := index.Manifests[0]
+	if single.MediaType == MediaTypeIndex || single.MediaType == mediaTypeDockerList {
+		return "", true, fmt.Errorf("%w: its entry is an index again; name the digest of the image that is meant", ErrIndex)
 	}
-	return entry, true, nil
+	if err := fleet.CheckDigest(single.Digest); err != nil {
+		return "", true, fmt.Errorf("%w: index entry: %w (sha256 is the only algorithm known here)", ErrMalformed, err)
+	}
+	return single.Digest, true, nil
 }
 
 // mediaType finds out what raw is; by its shape if it does not say, since the field is
@@ -108,8 +159,8 @@ func mediaType(raw []byte) (string, error) {
 		MediaType     string          `json:"mediaType"`
 		Manifests     json.RawMessage `json:"manifests"`
 	}
-	if err := json.Unmarshal(raw, &probe); err != nil {
-		return "", fmt.Errorf("%w: manifest: %w", ErrMalformed, err)
+	if err := unmarshal(raw, &probe, "manifest"); err != nil {
+		return "", err
 	}
 	if probe.SchemaVersion != 2 {
 		return "", fmt.Errorf("%w: manifest schema version %d, want 2", ErrMalformed, probe.SchemaVersion)

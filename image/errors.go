@@ -5,6 +5,8 @@ import "errors"
 // What can be wrong with an image, each in its own words; all are found with errors.Is.
 // They say that the image is bad or beyond us, so that another try brings the same.
 var (
+	// ErrReference: text that names no image at a registry.
+	ErrReference = errors.New("bad image reference")
 	// ErrMalformed: not the JSON, digest or shape that the format prescribes.
 	ErrMalformed = errors.New("malformed image")
 	// ErrTooLarge: a size is negative, zero, or beyond the limits of this package.
@@ -25,6 +27,7 @@ var (
 	ErrStacked = errors.New("stacked images are not supported: push a flat (full) image instead")
 	// ErrASIF: the disk is in Apple's sparse image format.
 	ErrASIF = errors.New("disks in asif format are not supported: make the image with a raw disk")
-	// ErrLegacyDisk: the disk is one stream cut in pieces, as before 2024.
-	ErrLegacyDisk = errors.New("the legacy disk.v1 format is not supported yet: pull and push the image again with a current tool, or use a newer tag")
+	// ErrLegacyDisk: the disk is one stream cut in pieces, as before 2024, and nothing says
+	// how large it will be.
+	ErrLegacyDisk = errors.New("this image in the legacy disk.v1 format does not say how large its disk is: pull and push it again with a current tool, or use a newer tag")
 )

@@ -133,6 +133,9 @@ func (m *Manifest) Lay(want int64) error {
 		return fmt.Errorf("%w: the manifest says %d bytes of disk, its layers add up to %d", ErrSizeMismatch, want, offset)
 	}
 	m.DiskSize = offset
+	if m.Chunks[0].Legacy() {
+		return nil // nothing is known of its content
+	}
 	zero := zeroDigests(m.Chunks)
 	for i := range m.Chunks {
 		c := &m.Chunks[i]
@@ -144,13 +147,17 @@ func (m *Manifest) Lay(want int64) error {
 // check holds one chunk to what the limits and plain sense allow.
 func (c *Chunk) check() error {
 	if err := fleet.CheckDigest(c.Content); err != nil {
-		return fmt.Errorf("%w: content digest: %w", ErrMalformed, err)
+		return fmt.Errorf("%w: content digest: %w (sha256 is the only algorithm known here)", ErrMalformed, err)
 	}
 	if err := checkBlob(c.Blob, c.BlobSize, math.MaxInt64); err != nil {
 		return err
 	}
-	if c.Size <= 0 || c.Size > MaxChunkBytes {
-		return fmt.Errorf("%w: uncompressed size %d, want 1 to %d", ErrTooLarge, c.Size, int64(MaxChunkBytes))
+	limit := int64(MaxChunkBytes)
+	if c.Legacy() {
+		limit = MaxDiskBytes
+	}
+	if c.Size <= 0 || c.Size > limit {
+		return fmt.Errorf("%w: uncompressed size %d, want 1 to %d", ErrTooLarge, c.Size, limit)
 	}
 	// No encoder lets data grow beyond a few bytes per block; twice the size and
 	// room for headers is already absurd, and would only waste the transfer.
@@ -216,5 +223,5 @@ func Parse(raw []byte, codecs []Codec) (*Manifest, Codec, error) {
 			}
 		}
 	}
-	return nil, nil, fmt.Errorf("layer 0: %w %q: this is no VM image that is supported here", ErrUnknownMediaType, doc.Layers[0].MediaType)
+	return nil, nil, fmt.Errorf("layer 0: %w %.120q: this is no VM image that is supported here", ErrUnknownMediaType, doc.Layers[0].MediaType)
 }

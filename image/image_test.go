@@ -40,8 +40,9 @@ func TestParseReference(t *testing.T) {
 		"", "macos", "macos:latest", "cirruslabs/macos:latest", "ghcr.io/", "../x", "-a.b/c", "a.b:port/c", "ghcr.io/../../etc:x", "ghcr.io/UPPER:x",
 		"ghcr.io/a:b:c", "ghcr.io/a@sha256:short", "ghcr.io/a@sha512:" + strings.Repeat("a", 128), "https://ghcr.io/a:b",
 		"user:secret@ghcr.io/a:b", "ghcr.io/a:" + strings.Repeat("x", 300), "ghcr.io/a b:c",
+		"ghcr.io/" + strings.Repeat("a/", 600) + "b", "ghcr.io/a:../../x", "ghcr.io/a:..", "ghcr.io/a:.x", "ghcr.io/a@sha256:../../x", "ghcr.io/a%2f..:x",
 	} {
-		if r, err := ParseReference(text); err == nil || !strings.Contains(err.Error(), "write host/repository:tag") {
+		if r, err := ParseReference(text); !errors.Is(err, ErrReference) || !strings.Contains(err.Error(), "write host/repository:tag") {
 			t.Errorf("%q: got %v, %v; want an error with a hint", text, r, err)
 		}
 	}
@@ -114,8 +115,27 @@ func TestIndexEntry(t *testing.T) {
 	if _, ok, err := IndexEntry(index(aDigest, aDigest)); !ok || !errors.Is(err, ErrIndex) || !strings.Contains(err.Error(), "2 entries") {
 		t.Errorf("two entries: %v, %v", ok, err)
 	}
-	if _, ok, err := IndexEntry(index()); !ok || !errors.Is(err, ErrIndex) {
+	if _, ok, err := IndexEntry(index()); !ok || !errors.Is(err, ErrIndex) || !strings.Contains(err.Error(), "nothing to pull") {
 		t.Errorf("no entries: %v, %v", ok, err)
+	}
+	for _, mediaType := range []string{MediaTypeIndex, mediaTypeDockerList} {
+		nested := fmt.Sprintf(`{"schemaVersion":2,"manifests":[{"mediaType":%q,"digest":%q,"size":5}]}`, mediaType, aDigest)
+		if _, ok, err := IndexEntry([]byte(nested)); !ok || !errors.Is(err, ErrIndex) || !strings.Contains(err.Error(), "an index again") {
+			t.Errorf("nested: %v, %v", ok, err)
+		}
+		// One that hides it is an index where the image should be.
+		if _, err := ParseDocument([]byte(nested)); !errors.Is(err, ErrIndex) {
+			t.Errorf("an index for an image: %v", err)
+		}
+	}
+	if _, ok, err := IndexEntry(index("sha512:" + strings.Repeat("a", 128))); !ok || !errors.Is(err, ErrMalformed) || !strings.Contains(err.Error(), "sha256 is the only algorithm") {
+		t.Errorf("another algorithm: %v, %v", ok, err)
+	}
+	if _, ok, err := IndexEntry(index(slices.Repeat([]string{aDigest}, 5000)...)); !ok || !errors.Is(err, ErrTooLarge) || !strings.Contains(err.Error(), "more than 4096") {
+		t.Errorf("5000 entries: %v, %v", ok, err)
+	}
+	if _, ok, err := IndexEntry([]byte(`{"schemaVersion":2,"manifests":{"digest":5}}`)); !ok || !errors.Is(err, ErrMalformed) || !strings.Contains(err.Error(), "where a list") {
+		t.Errorf("no list: %v, %v", ok, err)
 	}
 	if _, ok, err := IndexEntry(index("sha256:../x")); !ok || !errors.Is(err, ErrMalformed) {
 		t.Errorf("path for a digest: %v, %v", ok, err)
@@ -135,7 +155,13 @@ func FuzzParseReference(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text string) {
 		r, err := ParseReference(text)
 		if err != nil {
+			if !errors.Is(err, ErrReference) || len(err.Error()) > 10*maxReference {
+				t.Fatalf("%d bytes: %v", len(text), err)
+			}
 			return
+		}
+		if strings.Contains(r.String(), "..") && !strings.Contains(r.Host()+r.Tag(), "..") {
+			t.Fatalf("%q gives %q, which is a way upwards", text, r)
 		}
 		if again, err := ParseReference(r.String()); err != nil || again != r {
 			t.Fatalf("%q gives %q, which gives %v, %v", text, r, again, err)

@@ -23,30 +23,44 @@ type Reference struct {
 // go-containerregistry's: no empty component, no "..".
 var repositoryPattern = regexp.MustCompile(`^[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*$`)
 
+// tagPattern is OCI's rule as well; go-containerregistry takes "..", which is a way upwards
+// in a URL.
+var tagPattern = regexp.MustCompile(`^[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}$`)
+
 // hostPattern is a DNS name, an IPv4 or a bracketed IPv6 address, with or without a port.
 var hostPattern = regexp.MustCompile(`^([a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(:[0-9]+)?$`)
+
+// maxReference bounds a reference, in bytes: host and repository have at most 255 each by
+// their own rules, a tag 128, a digest 71.
+const maxReference = 1 << 10
 
 // ParseReference reads "host[:port]/repository[:tag][@sha256:…]". The host must be
 // there, since a fleet that guesses a registry pulls from the wrong one; a missing tag
 // is "latest". With a digest, the tag is only for people.
 func ParseReference(s string) (Reference, error) {
 	const hint = "write host/repository:tag or host/repository@sha256:…"
+	if len(s) > maxReference {
+		return Reference{}, fmt.Errorf("%w of %d bytes; %s", ErrReference, len(s), hint)
+	}
 	rest, digest, pinned := strings.Cut(s, "@")
 	if pinned {
 		if err := fleet.CheckDigest(fleet.Digest(digest)); err != nil {
-			return Reference{}, fmt.Errorf("image %q: %w; %s", s, err, hint)
+			return Reference{}, fmt.Errorf("%w %q: %w; %s", ErrReference, s, err, hint)
 		}
 	}
 	host, path, slash := strings.Cut(rest, "/")
 	if !slash || !hostPattern.MatchString(host) || !strings.ContainsAny(host, ".:") && host != "localhost" {
-		return Reference{}, fmt.Errorf("image %q names no registry host; %s", s, hint)
+		return Reference{}, fmt.Errorf("%w %q: it names no registry host; %s", ErrReference, s, hint)
 	}
 	tag, err := name.NewTag(rest, name.WeakValidation)
 	if err != nil {
-		return Reference{}, fmt.Errorf("image %q: %w; %s", s, err, hint)
+		return Reference{}, fmt.Errorf("%w %q: %w; %s", ErrReference, s, err, hint)
 	}
 	if !repositoryPattern.MatchString(tag.Context().RepositoryStr()) {
-		return Reference{}, fmt.Errorf("image %q: repository %q is not one; %s", s, tag.Context().RepositoryStr(), hint)
+		return Reference{}, fmt.Errorf("%w %q: repository %q is not one; %s", ErrReference, s, tag.Context().RepositoryStr(), hint)
+	}
+	if !tagPattern.MatchString(tag.TagStr()) {
+		return Reference{}, fmt.Errorf("%w %q: tag %q is not one; %s", ErrReference, s, tag.TagStr(), hint)
 	}
 	r := Reference{repository: tag.Context(), tag: tag.TagStr(), digest: fleet.Digest(digest)}
 	if pinned && !strings.Contains(path, ":") {

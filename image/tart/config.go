@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"regexp"
 	"strings"
 	"unicode"
 
@@ -128,6 +129,9 @@ func (c *Config) defaults() {
 	}
 }
 
+// macPattern is lax in leaving out zeros, as some tools of macOS do.
+var macPattern = regexp.MustCompile(`^[0-9a-fA-F]{1,2}(:[0-9a-fA-F]{1,2}){5}$`)
+
 // check refuses what no machine could be made from.
 func (c *Config) check() error {
 	malformed := func(format string, args ...any) error {
@@ -146,6 +150,8 @@ func (c *Config) check() error {
 		return malformed("diskFormat %.40q, want raw", c.DiskFormat)
 	case c.OS == "darwin" && (len(c.ECID) == 0 || len(c.HardwareModel) == 0):
 		return malformed("a darwin guest needs ecid and hardwareModel")
+	case c.MACAddress != "" && !macPattern.MatchString(c.MACAddress):
+		return malformed("macAddress %.40q, want six pairs of hex digits with colons", c.MACAddress)
 	case c.CPUCount < 0 || c.CPUCountMin < 0:
 		return malformed("negative cpuCount")
 	case c.MemorySize < 0 || c.MemorySizeMin < 0:

@@ -1,11 +1,12 @@
 // Package tart reads and writes VM images in the format that the public macOS images
 // have: an OCI manifest whose layers are a VM config, disk chunks as independent
-// Apple-LZ4 streams ("disk.v2"), and an NVRAM blob.
+// Apple-LZ4 streams ("disk.v2"), and an NVRAM blob. It also reads the older form whose
+// disk is one such stream, cut into layers ("disk.v1").
 //
 // It is pure: it works on bytes, readers and writers that it is given, and talks to no
 // registry (cache/registry does) and no disk (cache does). Called by cache and
 // cache/registry through image.Codec, and by whoever makes an image (Build): the demo,
-// the test registry, later the CLI's push.
+// the test registry, the CLI's push.
 package tart
 
 import (
@@ -58,8 +59,9 @@ func (Codec) Recognizes(mediaType string) bool {
 // the disk layers in disk order. Errors are those of package image and name the layer.
 func (Codec) Parse(doc *image.Document) (*image.Manifest, error) {
 	m := &image.Manifest{Digest: doc.Digest, Raw: doc.Raw}
+	var old legacy
 	for i, l := range doc.Layers {
-		if err := addLayer(m, i, l); err != nil {
+		if err := addLayer(m, &old, i, l); err != nil {
 			return nil, fmt.Errorf("layer %d: %w", i, err)
 		}
 	}
@@ -77,6 +79,9 @@ func (Codec) Parse(doc *image.Document) (*image.Manifest, error) {
 		}
 		want = n
 	}
+	if err := old.join(m, want); err != nil {
+		return nil, err
+	}
 	if err := m.Lay(want); err != nil {
 		return nil, err
 	}
@@ -84,7 +89,7 @@ func (Codec) Parse(doc *image.Document) (*image.Manifest, error) {
 }
 
 // addLayer takes one layer into the manifest.
-func addLayer(m *image.Manifest, i int, l image.Descriptor) error {
+func addLayer(m *image.Manifest, old *legacy, i int, l image.Descriptor) error {
 	switch l.MediaType {
 	case MediaTypeConfig:
 		m.ConfigLayer = i
@@ -100,11 +105,11 @@ func addLayer(m *image.Manifest, i int, l image.Descriptor) error {
 		m.Chunks = append(m.Chunks, chunk)
 		return nil
 	case mediaTypeDiskV1:
-		return image.ErrLegacyDisk
+		return old.add(i, l)
 	case mediaTypeOverlay:
 		return image.ErrStacked
 	default:
-		return fmt.Errorf("%w %q", image.ErrUnknownMediaType, l.MediaType)
+		return fmt.Errorf("%w %.120q", image.ErrUnknownMediaType, l.MediaType)
 	}
 }
 
@@ -134,10 +139,20 @@ func diskChunk(i int, l image.Descriptor) (image.Chunk, error) {
 	if err != nil {
 		return image.Chunk{}, err
 	}
-	return image.Chunk{
+	c := image.Chunk{
 		Layer: i, Size: size, Content: fleet.Digest(content),
 		Blob: l.Digest, BlobSize: l.Size, MediaType: l.MediaType,
-	}, nil
+	}
+	return c, checkRatio(c)
+}
+
+// checkRatio refuses a chunk that its blob cannot expand to: a byte of LZ4 stands for 255
+// at most. So a small manifest cannot claim much more of a disk than it has blobs for.
+func checkRatio(c image.Chunk) error {
+	if c.BlobSize > 0 && c.Size/255 > c.BlobSize {
+		return fmt.Errorf("%w: %d bytes on the wire cannot hold %d bytes of disk", image.ErrTooLarge, c.BlobSize, c.Size)
+	}
+	return nil
 }
 
 // parseSize reads decimal bytes; what overflows 63 bits or is negative is refused here.
@@ -155,11 +170,19 @@ func (Codec) CheckConfig(raw []byte) error {
 	return err
 }
 
-// NewDecoder decodes the Apple-LZ4 stream of a disk layer, from any border of blocks.
-// Errors of the stream are *DecodeError.
+// NewDecoder decodes the Apple-LZ4 stream of a disk layer, or of all legacy ones together,
+// from any border of blocks. Errors of the stream are *DecodeError; a mark that cannot be
+// is ErrMark, at once.
 func (Codec) NewDecoder(r io.Reader, c image.Chunk, at image.Mark) (image.Decoder, error) {
-	if c.MediaType != MediaTypeDisk {
-		return nil, fmt.Errorf("%w %q", image.ErrUnknownMediaType, c.MediaType)
+	if c.MediaType != MediaTypeDisk && c.MediaType != mediaTypeDiskV1 {
+		return nil, fmt.Errorf("%w %.120q", image.ErrUnknownMediaType, c.MediaType)
 	}
-	return newDecoder(r, c.Size, at)
+	if at.In > c.BlobSize {
+		return nil, fmt.Errorf("%w: compressed offset %d of %d", ErrMark, at.In, c.BlobSize)
+	}
+	d, err := newDecoder(r, c.Size, at)
+	if err != nil {
+		return nil, err // not d, which would be a Decoder that is no nil
+	}
+	return d, nil
 }
