@@ -74,6 +74,11 @@ type Store struct {
 	log     *slog.Logger
 	lock    *os.File
 	meter   meter
+	tracks  tracks
+	limits  *limits
+	copies  chan struct{} // has room for as many as go on at once
+	// canShare reports whether files can share their blocks; it is tried once.
+	canShare func() bool
 
 	mu       sync.Mutex
 	images   map[fleet.Digest]*entry
@@ -97,7 +102,10 @@ func Open(cfg Config) (*Store, error) {
 		dir: layout(cfg.Dir), sources: cfg.Sources, site: cfg.Site, codecs: cfg.Codecs, streams: cfg.Streams,
 		backoff: cfg.Backoff, log: cfg.Log,
 		images: make(map[fleet.Digest]*entry), changed: make(chan struct{}),
+		tracks: tracks{of: make(map[string]*track), moved: make(map[string]int64)},
+		limits: newLimits(), copies: make(chan struct{}, copiesAtOnce),
 	}
+	s.canShare = sync.OnceValue(s.tryShare)
 	if s.codecs == nil {
 		s.codecs = Formats()
 	}
@@ -161,9 +169,17 @@ func (s *Store) notify() {
 	s.changed, s.told = make(chan struct{}), time.Now()
 }
 
-// progress notifies of bytes that moved.
-func (s *Store) progress(n int) {
-	s.meter.add(int64(n))
+// progress notifies of bytes that moved in a turn.
+func (s *Store) progress(t *turn, n int64) {
+	s.meter.add(n)
+	s.mu.Lock()
+	s.useful(t)
+	s.mu.Unlock()
+	s.stir()
+}
+
+// stir notifies of progress.
+func (s *Store) stir() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if time.Since(s.told) >= progressEvery {
@@ -191,66 +207,4 @@ func (s *Store) Path(d fleet.Digest) (string, error) {
 		return "", fmt.Errorf("image %s: %w", d.Short(), ErrNotReady)
 	}
 	return s.dir.image(d), nil
-}
-
-// meter measures bytes per second over the time in which a pull is active.
-type meter struct {
-	mu    sync.Mutex
-	bytes int64         // since the last sample
-	spent time.Duration // active time since the last sample, up to since
-	since time.Time     // zero: nothing is active
-	rate  float64       // bytes per second, smoothed over samples
-}
-
-// sampleTime is how much active time makes a sample, and sampleWeight what a new one
-// counts: after about ten seconds a changed link is believed.
-const (
-	sampleTime   = 2 * time.Second
-	sampleWeight = 0.3
-)
-
-func (m *meter) add(n int64) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.bytes += n
-	if !m.since.IsZero() && m.spent+time.Since(m.since) >= sampleTime {
-		m.fold()
-	}
-}
-
-// run starts and stops the clock; a stop folds what there is, so that a fast pull of a
-// small image is measured too.
-func (m *meter) run(active bool) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	switch {
-	case active && m.since.IsZero():
-		m.since = time.Now()
-	case !active && !m.since.IsZero():
-		m.fold()
-		m.since = time.Time{}
-	}
-}
-
-// fold takes a sample; m.mu is held and the clock runs.
-func (m *meter) fold() {
-	now := time.Now()
-	m.spent += now.Sub(m.since)
-	m.since = now
-	if m.bytes == 0 || m.spent <= 0 {
-		return
-	}
-	sample := float64(m.bytes) / m.spent.Seconds()
-	if m.rate == 0 {
-		m.rate = sample
-	} else {
-		m.rate += sampleWeight * (sample - m.rate)
-	}
-	m.bytes, m.spent = 0, 0
-}
-
-func (m *meter) value() int64 {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return int64(m.rate)
 }

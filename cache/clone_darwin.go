@@ -32,3 +32,6 @@ func cloned(err error, src, dst string) (bool, error) {
 // punch would make holes of the regions; APFS wants whole blocks for that, which chunks
 // need not be. They are overwritten in full instead, zeros too.
 func punch(_ *os.File, _ []int64, _ int64) bool { return false }
+
+// reflinkRange would share blocks of two files; APFS clones whole files only.
+func reflinkRange(_, _ *os.File, _, _, _ int64) (bool, error) { return false, nil }

@@ -51,3 +51,19 @@ func punch(f *os.File, offsets []int64, size int64) bool {
 	}
 	return true
 }
+
+// reflinkRange makes size bytes of dst at to share the blocks of src at from. false: this
+// file system cannot, or not at these places, and dst may have been changed there.
+func reflinkRange(dst, src *os.File, from, to, size int64) (bool, error) {
+	err := unix.IoctlFileCloneRange(int(dst.Fd()), &unix.FileCloneRange{
+		Src_fd: int64(src.Fd()), Src_offset: uint64(from), Src_length: uint64(size), Dest_offset: uint64(to),
+	})
+	switch {
+	case err == nil:
+		return true, nil
+	case unsupported(err):
+		return false, nil
+	default:
+		return false, os.NewSyscallError("ficlonerange", err)
+	}
+}

@@ -93,7 +93,7 @@ func (s *Store) Sweep(holders []string) error {
 
 // Evict removes an image, ready or partial, and returns when its disk space is free. An
 // image that is not here is evicted already. It fails with ErrLeased while the image is
-// leased, pulled or being evicted.
+// leased, pulled, served, reused or being evicted.
 func (s *Store) Evict(d fleet.Digest) error {
 	s.mu.Lock()
 	e := s.images[d]
@@ -101,9 +101,9 @@ func (s *Store) Evict(d fleet.Digest) error {
 		s.mu.Unlock()
 		return nil
 	}
-	if len(e.leases) > 0 || e.work != nil || e.State == gone {
+	if len(e.leases) > 0 || e.pins > 0 || e.work != nil || e.State == gone {
 		defer s.mu.Unlock()
-		return fmt.Errorf("evicting image %s (%s, %d leases): %w", d.Short(), e.State, len(e.leases), ErrLeased)
+		return fmt.Errorf("evicting image %s (%s, %d leases, %d other uses): %w", d.Short(), e.State, len(e.leases), e.pins, ErrLeased)
 	}
 	before := e.State
 	w := &work{done: make(chan struct{}), err: errAgain}
@@ -123,6 +123,7 @@ func (s *Store) Evict(d fleet.Digest) error {
 	}
 	e.failures, e.DiskBytes, e.Total, e.UsedAt = 0, 0, 0, time.Time{}
 	e.done.Store(0)
+	e.holding, e.have = nil, nil
 	s.move(e, gone)
 	s.log.Info("image evicted", "image", d, "ref", e.Ref)
 	return nil

@@ -48,8 +48,12 @@ type entry struct {
 	callers  int    // of Pull
 	demand   int    // of those, the ones for whom a job waits
 	priority int    // the highest that a caller gave
+	pins     int    // uses by this process: pieces that are served or reused
 	failures int    // in a row
 	failed   *Error // the last one, while State is failed
+
+	holding *holding              // what it is made of; nil: not known yet
+	have    map[fleet.Digest]bool // contents that are here, while it is partial
 }
 
 // work is a pull or eviction that others wait for.
