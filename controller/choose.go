@@ -70,7 +70,7 @@ func (c *Controller) snapshot(p *pass) placement.Snapshot {
 	for id, node := range p.view.Nodes {
 		n := placement.Node{Node: *node, Reachable: p.reachable(id), Slots: slots[id], Failures: failures[id], Failing: failing.at(id)}
 		if orders := p.view.Orders[id]; orders != nil {
-			n.Hold = orders.Hold
+			n.Hold, n.Evict, n.Recalled = orders.Hold, orders.Evict, placement.InDoubt(orders, node)
 		}
 		slices.SortFunc(n.Slots, func(a, b placement.Slot) int { return cmp.Compare(a.VM, b.VM) })
 		s.Nodes = append(s.Nodes, n)
@@ -135,8 +135,10 @@ func (c *Controller) order(ctx context.Context, p *pass, plan placement.Plan) er
 		o := wanted[h.Node]
 		o.Hold = append(o.Hold, fleet.Hold{Digest: h.Digest, Ref: h.Ref, Priority: h.Priority, Demand: h.Demand, Why: h.Why})
 	}
+	evicted := evictions{}
 	for _, e := range plan.Evict {
 		wanted[e.Node].Evict = append(wanted[e.Node].Evict, e.Digest)
+		evicted[residence{e.Node, e.Digest}] = e.Why
 	}
 	needed := c.neededImages(p)
 	for id, next := range wanted {
@@ -144,14 +146,14 @@ func (c *Controller) order(ctx context.Context, p *pass, plan placement.Plan) er
 		if standing := p.view.Orders[id]; standing != nil {
 			before = standing
 		}
-		next.Rev = before.Rev
+		next.Rev, next.Recalled = before.Rev, placement.Recall(before, p.view.Nodes[id], next.Evict)
 		for _, h := range before.Hold {
 			next.Hold = keepHold(next.Hold, h, p.view.Nodes[id], needed)
 		}
-		if slices.EqualFunc(next.Hold, before.Hold, sameHold) && slices.Equal(next.Evict, before.Evict) {
+		if slices.EqualFunc(next.Hold, before.Hold, sameHold) && slices.Equal(next.Evict, before.Evict) && slices.Equal(next.Recalled, before.Recalled) {
 			continue
 		}
-		err := c.c.Store.Commit(ctx, store.Txn{Term: &p.term, Orders: []fleet.Orders{*next}, Events: orderEvents(p, before, next)})
+		err := c.c.Store.Commit(ctx, store.Txn{Term: &p.term, Orders: []fleet.Orders{*next}, Events: orderEvents(p, before, next, evicted)})
 		if err != nil && !errors.Is(err, store.ErrConflict) {
 			return err
 		}
@@ -190,19 +192,14 @@ func sameHold(a, b fleet.Hold) bool {
 }
 
 // orderEvents tells what is new in a node's orders.
-func orderEvents(p *pass, before, next *fleet.Orders) []fleet.Event {
+func orderEvents(p *pass, before, next *fleet.Orders, evicted evictions) []fleet.Event {
 	var events []fleet.Event
 	for _, h := range next.Hold {
 		if !slices.ContainsFunc(before.Hold, func(b fleet.Hold) bool { return b.Digest == h.Digest }) {
 			events = append(events, fleet.Event{At: p.now, Kind: "image.ordered", Node: next.Node, Image: h.Digest, Actor: "leader", Text: h.Why})
 		}
 	}
-	for _, d := range next.Evict {
-		if !slices.Contains(before.Evict, d) {
-			events = append(events, fleet.Event{At: p.now, Kind: "image.evicting", Node: next.Node, Image: d, Actor: "leader", Text: "room is needed for an image that a job waits for"})
-		}
-	}
-	return events
+	return append(events, evicted.events(p, before, next)...)
 }
 
 // retireSurplus retires registered runners that no queued job could go to, once they
