@@ -78,6 +78,18 @@ func (l *Layout) Add(ctx context.Context, ref string, manifest []byte, blobs []B
 	return doc.Digest, nil
 }
 
+// Put writes a blob, unless it is there, for an Add that names it. So an image can come
+// blob by blob, from several goroutines.
+func (l *Layout) Put(ctx context.Context, b Blob) error {
+	if err := l.prepare(ctx); err != nil {
+		return l.writing(ctx, err)
+	}
+	if err := l.put(ctx, b); err != nil {
+		return l.writing(ctx, fmt.Errorf("writing blob %s: %w", b.Digest.Short(), err))
+	}
+	return nil
+}
+
 // prepare makes the directories and the marker, and removes what was abandoned.
 func (l *Layout) prepare(ctx context.Context) error {
 	return l.do(ctx, func() error {
