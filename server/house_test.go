@@ -113,6 +113,9 @@ func (h *house) serve() *Server {
 		Explain: func(_ context.Context, id fleet.JobID) (placement.Explanation, error) {
 			return placement.Explanation{Job: id, Wait: "a slot"}, nil
 		},
+		Evictions: func(_ context.Context, node fleet.NodeID, free int64) ([]placement.NodeEvictions, error) {
+			return []placement.NodeEvictions{{Node: node, Want: free}}, nil
+		},
 		Log: slog.New(slog.NewJSONHandler(h.log, nil)), Now: h.clock,
 	})
 	if err != nil {

@@ -202,6 +202,8 @@ func TestLists(t *testing.T) {
 	if err != nil || explained.Wait != "a slot" {
 		t.Errorf("%+v, %v", explained, err)
 	}
+	evictions, err := viewer.Evictions(ctx, "mac1", 5e9)
+	check(t, "evictions", err, []api.NodeEvictions{{Node: "mac1", Want: 5e9}}, evictions)
 	events, err := viewer.Events(ctx, api.EventFilter{VM: "vmaaaaaa", Limit: 2})
 	if err != nil || len(events) != 2 || events[0].Kind != "vm.busy" {
 		t.Errorf("%+v, %v", events, err)
@@ -228,6 +230,7 @@ func TestListErrors(t *testing.T) {
 		"an unknown status": {func(ctx context.Context) error { _, err := viewer.Jobs(ctx, "lost"); return err }, http.StatusBadRequest},
 		"an unknown job":    {func(ctx context.Context) error { _, err := viewer.Explain(ctx, 9); return err }, http.StatusNotFound},
 		"not a job":         {func(ctx context.Context) error { _, err := viewer.Explain(ctx, -1); return err }, http.StatusBadRequest},
+		"an unknown node":   {func(ctx context.Context) error { _, err := viewer.Evictions(ctx, "mac9", 0); return err }, http.StatusNotFound},
 		"too many events":   {func(ctx context.Context) error { _, err := viewer.Events(ctx, api.EventFilter{Limit: 1e6}); return err }, http.StatusBadRequest},
 	} {
 		if err := c.call(t.Context()); status(t, err) != c.status {

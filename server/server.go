@@ -49,6 +49,8 @@ type Config struct {
 	Pools func() []fleet.Pool
 	// Explain says why a job waits; the controller's. Nil: the route answers 501.
 	Explain func(ctx context.Context, id fleet.JobID) (placement.Explanation, error)
+	// Evictions says what would leave a node; the controller's. Nil: the route answers 501.
+	Evictions func(ctx context.Context, node fleet.NodeID, free int64) ([]placement.NodeEvictions, error)
 
 	// Archives are GitHub's runner applications, for pools that name no command of their
 	// own; nil: none, and their guests need a runner in the image.
@@ -153,6 +155,7 @@ var table = []route{
 	{http.MethodPost, api.RouteVMSession, access.Operate, upgrade((*Server).vmSession)},
 	{http.MethodPost, api.RouteNodeSession, access.Sync, upgrade((*Server).nodeSession)},
 	{http.MethodGet, api.RouteImages, access.ReadImages, endpoint((*Server).listImages)},
+	{http.MethodGet, api.RouteEvictions, access.Read, endpoint((*Server).listEvictions)},
 	{http.MethodGet, api.RouteJobs, access.Read, endpoint((*Server).listJobs)},
 	{http.MethodGet, api.RouteExplain, access.Read, endpoint((*Server).explain)},
 	{http.MethodGet, api.RouteEvents, access.Read, endpoint((*Server).listEvents)},

@@ -123,7 +123,7 @@ func imageCacheCommand(g *globals) *cobra.Command {
 			}
 			return show(cmd, g, rows, imageColumns)
 		},
-	})
+	}, evictionsCommand(g))
 	return cmd
 }
 

@@ -195,7 +195,7 @@ func (c *Control) build() (handler http.Handler, drain func(), err error) {
 		return nil, nil, err
 	}
 	nodes, err := server.New(server.Config{
-		Store: c.store, Key: c.key, Pools: cfg.FleetPools, Fleet: cfg.Fleet, Explain: c.controller.Explain,
+		Store: c.store, Key: c.key, Pools: cfg.FleetPools, Fleet: cfg.Fleet, Explain: c.controller.Explain, Evictions: c.controller.Evictions,
 		Archives: c.runners.Latest, SelfURL: c.url, Certificate: c.pinned(), Metrics: metrics, Log: c.c.Log,
 	})
 	if err != nil {
