@@ -74,21 +74,35 @@ type flow struct {
 
 func (r *flow) Read(b []byte) (int, error) {
 	s := r.supply
-	if !s.fetch.store.isFirst(s.fetch.turn) {
-		r.clock(false) // what is held back is no slow source
-		if err := r.await(); err != nil {
-			return 0, err
-		}
-		r.clock(true)
+	if err := r.turn(); err != nil {
+		return 0, err
 	}
 	n, err := r.body.Read(b[:min(len(b), s.fetch.store.limits.most(s.source.Kind()))])
-	if n > 0 {
-		s.moved(int64(n))
-		if perr := r.pay(n); perr != nil {
-			return n, perr
-		}
+	if n == 0 {
+		return 0, err
+	}
+	s.moved(int64(n))
+	if err := r.pay(n); err != nil {
+		return n, err
+	}
+	// The turn may have gone while the source was waited for.
+	if err := r.turn(); err != nil {
+		return n, err
 	}
 	return n, err
+}
+
+// turn waits for the pull's turn. What is held back is no slow source.
+func (r *flow) turn() error {
+	if s := r.supply; s.fetch.store.isFirst(s.fetch.turn) {
+		return nil
+	}
+	r.clock(false)
+	if err := r.await(); err != nil {
+		return err
+	}
+	r.clock(true)
+	return nil
 }
 
 func (r *flow) Close() error {
