@@ -33,6 +33,8 @@ type NodeRow struct {
 	DiskFree int64             `json:"disk_free"`
 	PullRate int64             `json:"pull_rate,omitempty"`
 	Images   int               `json:"images"` // ready ones
+	Site     string            `json:"site,omitempty"`
+	Peer     string            `json:"peer,omitempty"` // host:port for other nodes of the site; "": it serves none
 	JoinedAt time.Time         `json:"joined_at,omitzero"`
 	SeenAt   time.Time         `json:"seen_at,omitzero"`
 }

@@ -48,11 +48,7 @@ func endpoint[REQ, RESP any](do func(*Server, context.Context, call, REQ) (RESP,
 				}
 				var request REQ
 				if r.method == http.MethodPost {
-					limit := int64(maxBody)
-					if r.needs == access.Sync {
-						limit = maxSync
-					}
-					if err := decode(http.MaxBytesReader(c.Writer, c.Request.Body, limit), &request); err != nil {
+					if err := decode(http.MaxBytesReader(c.Writer, c.Request.Body, bodyLimit(r.path)), &request); err != nil {
 						return answer, err
 					}
 				}

@@ -33,7 +33,7 @@ func nodeRow(view *store.View, n *fleet.Node, now time.Time) api.NodeRow {
 	row := api.NodeRow{
 		ID: n.ID, Status: api.NodeReady, Tags: n.Tags, Arch: n.Arch, OS: n.OS, Driver: n.Driver, Version: n.Version,
 		Slots: n.Slots, CPU: n.CPU, Memory: n.Memory, DiskFree: n.DiskFree, PullRate: n.PullRate,
-		JoinedAt: n.JoinedAt, SeenAt: n.SeenAt,
+		Site: n.Site, Peer: n.Peer.Address, JoinedAt: n.JoinedAt, SeenAt: n.SeenAt,
 	}
 	switch {
 	case now.Sub(n.SeenAt) >= unreachableAfter:

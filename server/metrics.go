@@ -19,6 +19,8 @@ type metrics struct {
 	starts   *prometheus.CounterVec
 	boots    *prometheus.HistogramVec
 	ended    *prometheus.CounterVec
+	grants   prometheus.Counter
+	outside  prometheus.Gauge
 }
 
 func newMetrics(r prometheus.Registerer) metrics {
@@ -43,12 +45,18 @@ func newMetrics(r prometheus.Registerer) metrics {
 		ended: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "paddock_vms_ended_total", Help: "VMs torn down by their nodes, by pool and whether the node failed to serve them.",
 		}, []string{"pool", "failed"}),
+		grants: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "paddock_chunk_grants_total", Help: "Pieces of images that nodes were sent outside their site for.",
+		}),
+		outside: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "paddock_nodes_fetching_outside", Help: "Nodes that fetch images from outside their site now, among which the bandwidth is shared.",
+		}),
 	}
 	// Before the first start a dashboard shows zeros, not gaps.
 	for _, phase := range []string{"queue", "pull", "boot", "register"} {
 		m.start.WithLabelValues(phase)
 	}
-	r.MustRegister(m.requests, m.parked, m.sessions, m.start, m.starts, m.boots, m.ended)
+	r.MustRegister(m.requests, m.parked, m.sessions, m.start, m.starts, m.boots, m.ended, m.grants, m.outside)
 	return m
 }
 

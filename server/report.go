@@ -3,11 +3,13 @@ package server
 import (
 	"cmp"
 	"fmt"
+	"net"
 	"net/http"
 	"net/netip"
 	"reflect"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -62,6 +64,9 @@ func checkSync(r *api.SyncRequest) error {
 	case len(n.Tags) > maxWords || long(maxWord, n.Arch, n.OS, n.Driver, n.Version):
 		return bad("too many tags, or an overlong version or platform")
 	}
+	if what := badPlace(n); what != "" {
+		return bad(what)
+	}
 	for key, value := range n.Tags {
 		if long(maxWord, key, value) {
 			return bad("an overlong tag")
@@ -91,6 +96,29 @@ func checkSync(r *api.SyncRequest) error {
 		}
 	}
 	return nil
+}
+
+// certificatePattern is a hex SHA-256.
+var certificatePattern = regexp.MustCompile(`^[0-9a-f]{64}$`)
+
+// badPlace says what is wrong with a node's site or with its port for other nodes, "" if
+// nothing is. Where the port is, nobody but the nodes of the site can know.
+func badPlace(n *fleet.Node) string {
+	if n.Site != "" && fleet.CheckName("site", n.Site) != nil {
+		return cut(fleet.CheckName("site", n.Site).Error())
+	}
+	if n.Peer == (fleet.NodePeer{}) {
+		return ""
+	}
+	host, port, err := net.SplitHostPort(n.Peer.Address)
+	if number, bad := strconv.ParseUint(port, 10, 16); err != nil || bad != nil || number == 0 || host == "" || long(maxWord, host) ||
+		strings.ContainsFunc(host, func(c rune) bool { return c <= ' ' || c > '~' || c == '/' || c == '@' }) {
+		return cut(fmt.Sprintf("the address %q for other nodes; want host:port", n.Peer.Address))
+	}
+	if !certificatePattern.MatchString(n.Peer.Certificate) {
+		return "an address for other nodes and no hex SHA-256 of its certificate"
+	}
+	return ""
 }
 
 // vmLimit is how many VMs a node may tell of.

@@ -84,6 +84,7 @@ func TestRoutesAreServed(t *testing.T) {
 	}
 	for _, route := range []string{
 		api.RouteSync, api.RouteJoin, api.RouteNodes, api.RouteNode, api.RouteCordon, api.RouteUncordon, api.RouteVMs, api.RouteVMSession, api.RouteNodeSession, api.RouteImages,
+		api.RouteChunks, api.RoutePullToken,
 		api.RouteEvictions, api.RouteJobs, api.RouteExplain, api.RouteEvents, api.RouteTokens, api.RouteToken, api.RouteHealth, api.RouteReady, api.RouteMetrics,
 	} {
 		if !served[route] {

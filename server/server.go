@@ -11,7 +11,10 @@
 //  4. join makes a node of whoever has a one-time token; tokens let people in.
 //  5. A session is a person's call and a node's answer to it, spliced: the way into a VM
 //     that needs no port.
-//  6. The lists are views, turned into rows.
+//  6. Nodes that pull an image say what they have of it, and are told what they may fetch
+//     from outside their site and who nearby has the rest; registries' tokens are bought
+//     for them.
+//  7. The lists are views, turned into rows.
 //
 // It decides nothing about the fleet: the controller does, and meets it in the store.
 // Webhooks are package webhook's, on the same port; cmd puts the two together.
@@ -56,6 +59,16 @@ type Config struct {
 	// own; nil: none, and their guests need a runner in the image.
 	Archives func() []fleet.Archive
 
+	// PullToken buys a token that is good for pulls from one repository (host/name) and for
+	// nothing else, and says when it ends; empty: none is needed or sold. Nil: nodes have
+	// their own credentials.
+	PullToken func(ctx context.Context, repository string) (token string, ends time.Time, err error)
+	// Allowed refuses registries outside the list, before any request; nil: all are allowed.
+	Allowed func(ref string) error
+	// Egress is what all nodes together may move from outside their sites, in bytes per
+	// second; 0: no limit.
+	Egress int64
+
 	// SelfURL is where nodes reach this controller, and Certificate the hex SHA-256 of
 	// its self-made certificate; both go into join tokens. "": the node has to be told.
 	SelfURL     string
@@ -74,6 +87,12 @@ type Server struct {
 	metrics  metrics
 	ledger   *ledgerCache
 	waiters  waiters
+
+	siteCache  siteCache
+	peerKey    string // checks the tokens that peerTokens signs
+	peerTokens *peerTokens
+	pullTokens *pullTokens
+
 	times    sessionTimes
 	engine   *gin.Engine
 	bodyTime time.Duration // see bodyTime; tests have less of it
@@ -95,6 +114,10 @@ func New(c Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("server: the fleet key: %w", err)
 	}
+	peerKey, err := c.Key.PeerKey()
+	if err != nil {
+		return nil, fmt.Errorf("server: the fleet key: %w", err)
+	}
 	if c.Pools == nil {
 		c.Pools = func() []fleet.Pool { return nil }
 	}
@@ -111,7 +134,8 @@ func New(c Config) (*Server, error) {
 		c.Now = time.Now
 	}
 	s := &Server{c: c, log: c.Log, verifier: verifier, metrics: newMetrics(c.Metrics), drain: make(chan struct{}),
-		ledger: newLedgerCache(c.Store.ReadLedger), bodyTime: bodyTime, waiters: waiters{by: map[string]*waiter{}}, times: usualTimes}
+		ledger: newLedgerCache(c.Store.ReadLedger), bodyTime: bodyTime, waiters: waiters{by: map[string]*waiter{}}, times: usualTimes,
+		peerKey: peerKey, peerTokens: newPeerTokens(c.Key), pullTokens: newPullTokens()}
 	s.engine = s.routes()
 	return s, nil
 }
@@ -133,11 +157,24 @@ type route struct {
 	do     func(*Server, route) gin.HandlerFunc
 }
 
-// maxBody and maxSync bound request bodies in bytes. A sync with 1,000 VMs has 1 MB.
+// maxBody, maxSync and maxWordBody bound request bodies in bytes. A sync with 1,000 VMs has
+// 1 MB, a node's word on an image of the most pieces 70 KB.
 const (
-	maxBody = 64 << 10
-	maxSync = 8 << 20
+	maxBody     = 64 << 10
+	maxSync     = 8 << 20
+	maxWordBody = 256 << 10
 )
+
+// bodyLimit is a route's.
+func bodyLimit(path string) int64 {
+	switch path {
+	case api.RouteSync:
+		return maxSync
+	case api.RouteChunks:
+		return maxWordBody
+	}
+	return maxBody
+}
 
 // bodyTime is how long a body may take: a sync of 1 MB over 1 Mbit/s. It counts before
 // anybody has said who they are.
@@ -145,6 +182,8 @@ const bodyTime = 10 * time.Second
 
 var table = []route{
 	{http.MethodPost, api.RouteSync, access.Sync, endpoint((*Server).sync)},
+	{http.MethodPost, api.RouteChunks, access.Sync, endpoint((*Server).chunks)},
+	{http.MethodPost, api.RoutePullToken, access.Sync, endpoint((*Server).pullToken)},
 	{http.MethodPost, api.RouteJoin, "", endpoint((*Server).join)},
 
 	{http.MethodGet, api.RouteNodes, access.Read, endpoint((*Server).listNodes)},

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/http"
 	"slices"
 	"time"
 
@@ -31,9 +30,8 @@ const (
 // what the node has, else when they change or q.Wait has passed.
 func (s *Server) sync(ctx context.Context, c call, q api.SyncRequest) (api.SyncReply, error) {
 	node := fleet.NodeID(c.id)
-	if c.who.Subject != c.id {
-		return api.SyncReply{}, refusal(http.StatusForbidden, fmt.Sprintf("this credential is node %s's, not %s's: a node speaks only for itself", c.who.Subject, c.id),
-			"join under this name with a token of its own (paddock node join)")
+	if err := s.ownWord(c); err != nil {
+		return api.SyncReply{}, err
 	}
 	if err := checkSync(&q); err != nil {
 		return api.SyncReply{}, err
@@ -43,6 +41,11 @@ func (s *Server) sync(ctx context.Context, c call, q api.SyncRequest) (api.SyncR
 	view, err := s.take(ctx, c, &q)
 	if err != nil {
 		return api.SyncReply{}, err
+	}
+	if s.c.Egress > 0 { // who shares the bandwidth is looked at now and then
+		if _, err := s.sites(ctx, c.now); err != nil {
+			return api.SyncReply{}, err
+		}
 	}
 	reply, err := s.park(ctx, node, &q, view, changed, c.parked)
 	if err != nil {
@@ -103,6 +106,7 @@ func (s *Server) noted(r *report) {
 
 // park waits until the node's orders are not those it has.
 func (s *Server) park(ctx context.Context, node fleet.NodeID, q *api.SyncRequest, view *store.View, changed <-chan struct{}, parked *time.Duration) (api.SyncReply, error) {
+	shares := s.shareChanged()
 	reply, err := s.orders(view, node, q)
 	wait := min(q.Wait, maxWait)
 	if err != nil || wait <= 0 || reply.Revision != q.Have {
@@ -119,6 +123,7 @@ func (s *Server) park(ctx context.Context, node fleet.NodeID, q *api.SyncRequest
 	for reply.Revision == q.Have {
 		select {
 		case <-changed:
+		case <-shares:
 		case <-timer.C:
 			return reply, nil
 		case <-s.drain:
@@ -126,7 +131,7 @@ func (s *Server) park(ctx context.Context, node fleet.NodeID, q *api.SyncRequest
 		case <-ctx.Done():
 			return reply, ctx.Err()
 		}
-		changed = s.c.Store.Notify(store.NodeTopic(node))
+		changed, shares = s.c.Store.Notify(store.NodeTopic(node)), s.shareChanged()
 		if view, err = s.c.Store.View(ctx); err != nil {
 			return reply, err
 		}
@@ -178,8 +183,14 @@ func (s *Server) orders(view *store.View, node fleet.NodeID, q *api.SyncRequest)
 	}
 	reply.Logins = logins(view.VMsOn(node), pools)
 	reply.Sessions = sessionOrders(view, node)
+	reply.PeerKey = s.peerKey
+	bandwidth, counts := s.share(node)
+	if counts {
+		reply.Bandwidth = bandwidth
+	}
 	var err error
 	reply.Revision, err = revision(reply)
+	reply.Bandwidth = bandwidth
 	return reply, err
 }
 

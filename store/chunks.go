@@ -38,6 +38,13 @@ type ChunkLimits struct {
 	Peers  int           // in an answer
 }
 
+// UsualChunks are the limits in use.
+var UsualChunks = ChunkLimits{
+	Claim: time.Minute, Silent: 90 * time.Second, Left: time.Hour,
+	Open:  16, // enough to keep a fast line busy with a few nodes
+	Nodes: 5000, Swarms: 500, Peers: 16,
+}
+
 // ChunkWord is a node's word on one image that it pulls at a site.
 type ChunkWord struct {
 	Site   string

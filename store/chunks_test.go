@@ -7,7 +7,6 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/store"
@@ -16,9 +15,7 @@ import (
 // The cast: nodes of the site lab that pull an image of 94 pieces, 2/3 of 50 GB.
 const chunkPieces = 94
 
-var chunkLimits = store.ChunkLimits{
-	Claim: time.Minute, Silent: 90 * time.Second, Left: time.Hour, Open: 16, Nodes: 5000, Swarms: 500, Peers: 16,
-}
+var chunkLimits = store.UsualChunks
 
 func chunkWord(node fleet.NodeID, have ...int) store.ChunkWord {
 	w := store.ChunkWord{

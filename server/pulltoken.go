@@ -1,0 +1,179 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	"golang.org/x/sync/singleflight"
+
+	"github.com/paddock-ci/paddock/api"
+	"github.com/paddock-ci/paddock/cache"
+	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/store"
+)
+
+const (
+	// pullTokenTime bounds the buying of a token: a ping and a login.
+	pullTokenTime = 20 * time.Second
+	// pullTokenMargin is how long before its end a token is not handed out any more, or
+	// half its life if that is less: a node has to come to the registry with it.
+	pullTokenMargin = time.Minute
+	// noTokenAge is how long it is remembered that a registry sells none, and
+	// failedTokenAge that it could not be asked: a fleet's nodes all ask at once.
+	noTokenAge     = time.Minute
+	failedTokenAge = 5 * time.Second
+	// maxPullTokens bounds the repositories whose tokens are kept.
+	maxPullTokens = 1000
+)
+
+// pullToken buys a registry's token for a node with the controller's credentials: for
+// pulls from the repository of an image that the node may pull, and for nothing else.
+func (s *Server) pullToken(ctx context.Context, c call, q api.PullTokenRequest) (api.PullTokenReply, error) {
+	node := fleet.NodeID(c.id)
+	if err := s.ownWord(c); err != nil {
+		return api.PullTokenReply{}, err
+	}
+	if long(maxText, q.Repository) {
+		return api.PullTokenReply{}, refusal(http.StatusBadRequest, "an overlong repository", "want host/name")
+	}
+	repository, err := name.NewRepository(q.Repository)
+	if err != nil {
+		return api.PullTokenReply{}, refusal(http.StatusBadRequest, cut(fmt.Sprintf("%q is no repository", q.Repository)), "want host/name, without a tag")
+	}
+	if s.c.Allowed != nil {
+		if err := s.c.Allowed(repository.Name()); err != nil {
+			return api.PullTokenReply{}, refusal(http.StatusForbidden, cut(err.Error()), "the controller's configuration lists the registries that may be pulled from: images.registries")
+		}
+	}
+	if _, err := s.knowing(ctx, c.now, node, func(at *sites) error { return s.mayPullFrom(at.view, node, repository.Name()) }); err != nil {
+		return api.PullTokenReply{}, err
+	}
+	if s.c.PullToken == nil {
+		return api.PullTokenReply{}, nil
+	}
+	bought, fresh, err := s.pullTokens.get(ctx, repository.Name(), c.now, s.c.PullToken)
+	if err != nil {
+		s.log.Warn("no pull token", "node", node, "repository", repository.Name(), "error", err)
+		return api.PullTokenReply{}, refusal(http.StatusBadGateway, cut(fmt.Sprintf("the registry of %s gives no token now: %v", repository.Name(), err)), "it is asked again in a few seconds")
+	}
+	if fresh && bought.token != "" {
+		s.audit(ctx, fleet.Event{At: c.now, Kind: "pull.token", Node: node, Actor: c.who.Actor(),
+			Text: fmt.Sprintf("a token for pulls from %s until %s", repository.Name(), bought.ends.UTC().Format(time.TimeOnly))})
+	}
+	return api.PullTokenReply{Token: bought.token, ExpiresAt: bought.ends}, nil
+}
+
+// mayPullFrom refuses repositories of no image that the node may pull. What the node says
+// of itself counts only for images that the configuration or the leader knows: else any
+// repository that the controller can read would be open to any node.
+func (s *Server) mayPullFrom(view *store.View, node fleet.NodeID, repository string) error {
+	if o := view.Orders[node]; o != nil && slices.ContainsFunc(o.Hold, func(h fleet.Hold) bool { return repositoryOf(h.Ref) == repository }) {
+		return nil
+	}
+	ours := func(ref string) bool {
+		return view.Images[ref] != nil || slices.ContainsFunc(s.c.Pools(), func(p fleet.Pool) bool { return p.Image == ref })
+	}
+	if n := view.Nodes[node]; n != nil {
+		for _, i := range n.Images {
+			if holds(i.State) && i.State != fleet.ImageReady && repositoryOf(i.Ref) == repository && ours(i.Ref) {
+				return nil
+			}
+		}
+	}
+	for _, vm := range view.VMsOn(node) {
+		i := slices.IndexFunc(s.c.Pools(), func(p fleet.Pool) bool { return p.Name == vm.Pool })
+		if i >= 0 && !vm.State.Final() && repositoryOf(s.c.Pools()[i].Image) == repository {
+			return nil
+		}
+	}
+	return refusal(http.StatusForbidden, cut(fmt.Sprintf("node %s has no order to pull from %s", node, repository)), "a node gets tokens only for images that it was ordered to hold")
+}
+
+// repositoryOf is the full name of an image's repository, "" if it has none.
+func repositoryOf(ref string) string {
+	r, err := name.ParseReference(ref)
+	if err != nil {
+		return ""
+	}
+	return r.Context().Name()
+}
+
+// boughtToken is what a registry answered.
+type boughtToken struct {
+	token string // secret; "": none is needed, or none is sold
+	ends  time.Time
+	err   error
+	until time.Time // when it is not handed out any more
+}
+
+// pullTokens keeps tokens, by repository, in memory only.
+type pullTokens struct {
+	flight singleflight.Group
+
+	mu   sync.Mutex
+	kept map[string]boughtToken
+}
+
+func newPullTokens() *pullTokens { return &pullTokens{kept: map[string]boughtToken{}} }
+
+// get returns a token that is good for a while, and whether it was bought just now by this
+// call.
+func (p *pullTokens) get(ctx context.Context, repository string, now time.Time, buy func(context.Context, string) (string, time.Time, error)) (boughtToken, bool, error) {
+	if kept, ok := p.find(repository, now); ok {
+		return kept, false, kept.err
+	}
+	fresh := false
+	// Others wait for the same answer: it does not end with the first of them.
+	done := p.flight.DoChan(repository, func() (any, error) {
+		asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), pullTokenTime)
+		defer cancel()
+		fresh = true
+		token, ends, err := buy(asking, repository)
+		return p.keep(repository, now, token, ends, err), nil
+	})
+	select {
+	case r := <-done:
+		bought := r.Val.(boughtToken)
+		return bought, fresh, bought.err
+	case <-ctx.Done():
+		return boughtToken{}, false, ctx.Err()
+	}
+}
+
+func (p *pullTokens) find(repository string, now time.Time) (boughtToken, bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	kept, ok := p.kept[repository]
+	return kept, ok && now.Before(kept.until)
+}
+
+// keep notes an answer. A registry that sells no token that could be handed on, or not for
+// our credentials, leaves nodes to their own.
+func (p *pullTokens) keep(repository string, now time.Time, token string, ends time.Time, err error) boughtToken {
+	b := boughtToken{token: token, ends: ends, err: err}
+	var refused *cache.Error
+	if errors.As(err, &refused) && refused.Class == cache.ClassAuth {
+		b = boughtToken{}
+	}
+	switch life := b.ends.Sub(now); {
+	case b.err != nil:
+		b.until = now.Add(failedTokenAge)
+	case b.token == "" || b.ends.IsZero():
+		b.until = now.Add(noTokenAge)
+	default:
+		b.until = b.ends.Add(-min(pullTokenMargin, life/2))
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.kept) >= maxPullTokens {
+		clear(p.kept)
+	}
+	p.kept[repository] = b
+	return b
+}
