@@ -38,12 +38,12 @@ type home struct {
 	nvram    []byte
 }
 
-func newHome(t *testing.T, pattern string) *home {
+func newHome(t testing.TB, pattern string) *home {
 	t.Helper()
 	return newHomeOf(t, pattern, chunkSize)
 }
 
-func newHomeOf(t *testing.T, pattern string, size int) *home {
+func newHomeOf(t testing.TB, pattern string, size int) *home {
 	t.Helper()
 	h := &home{key: access.NewKey(), registry: registrytest.New()}
 	server := httptest.NewServer(h.registry)
@@ -116,7 +116,7 @@ type station struct {
 }
 
 // newStation makes a node with a store, and its port if change is not nil.
-func (h *home) newStation(t *testing.T, id fleet.NodeID, stored cache.Config, change func(*Config)) *station {
+func (h *home) newStation(t testing.TB, id fleet.NodeID, stored cache.Config, change func(*Config)) *station {
 	t.Helper()
 	dir := t.TempDir()
 	s := &station{id: id}
@@ -144,7 +144,7 @@ func (h *home) newStation(t *testing.T, id fleet.NodeID, stored cache.Config, ch
 }
 
 // listen runs the port until stop.
-func (s *station) listen(t *testing.T, h *home, change func(*Config)) {
+func (s *station) listen(t testing.TB, h *home, change func(*Config)) {
 	t.Helper()
 	config := Config{
 		Node: s.id, Identity: s.identity, Pieces: s, Listen: "127.0.0.1:0",
@@ -185,7 +185,7 @@ func (s *station) ServeManifest(d fleet.Digest) ([]byte, error) {
 }
 
 // full is a node that has the image, and serves it.
-func (h *home) full(t *testing.T, id fleet.NodeID, change func(*Config)) *station {
+func (h *home) full(t testing.TB, id fleet.NodeID, change func(*Config)) *station {
 	t.Helper()
 	s := h.newStation(t, id, cache.Config{Sources: []cache.Source{h.client(t)}}, change)
 	if err := s.store.Pull(t.Context(), h.hold()); err != nil {
