@@ -117,8 +117,13 @@ func (t *track) start(now time.Time) {
 
 func (t *track) stop(now time.Time) {
 	t.fold(now)
-	if t.running--; t.running == 0 {
-		t.idle = now
+	if t.running--; t.running > 0 {
+		return
+	}
+	t.idle = now
+	if t.rate == 0 && t.spent >= sampleTime { // not one byte came
+		t.rate = max(t.prior*fading(t.spent), paceFloor)
+		t.bytes, t.spent = 0, 0
 	}
 }
 

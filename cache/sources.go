@@ -258,28 +258,37 @@ func (p *supplies) sources() []Source {
 	return slices.Concat(p.store.sources, p.claims.peers)
 }
 
-// exhausted is the error for a piece that nobody is left to give; p.mu is held. What the
-// registry said comes first, since it is what people can mend.
+// exhausted is the error for a piece that nobody is left to give; p.mu is held.
 func (p *supplies) exhausted(x *waiter) error {
-	var first, rest []error
+	var all refusals
 	for _, src := range p.sources() {
 		err := x.tried[src.Name()]
 		if err == nil {
 			err = p.out[src.Name()]
 		}
-		switch {
-		case err == nil:
-		case src.Kind() == KindRegistry:
-			first = append(first, err)
-		default:
-			rest = append(rest, fmt.Errorf("%s: %w", src.Name(), err))
+		if err != nil {
+			all.add(src, err)
 		}
 	}
-	if len(first)+len(rest) == 0 {
-		return &Error{Class: ClassNotFound, Err: fmt.Errorf("no source has %s", x.want.Chunk.Content.Short())}
+	if err := all.join(); err != nil {
+		return err
 	}
-	return errors.Join(append(first, rest...)...)
+	return &Error{Class: ClassNotFound, Err: fmt.Errorf("no source has %s", x.want.Chunk.Content.Short())}
 }
+
+// refusals are what several sources said. What the registry said comes first, since it is
+// what people can mend.
+type refusals struct{ first, rest []error }
+
+func (r *refusals) add(src Source, err error) {
+	if src.Kind() == KindRegistry {
+		r.first = append(r.first, err)
+	} else {
+		r.rest = append(r.rest, fmt.Errorf("%s: %w", src.Name(), err))
+	}
+}
+
+func (r *refusals) join() error { return errors.Join(append(r.first, r.rest...)...) }
 
 // raw reports whether the source gives content, rather than blobs.
 func (s *supply) raw() bool { return s.source.Kind() == KindPeer }
@@ -357,7 +366,7 @@ func (f *fetch) fetchManifest(ctx context.Context) ([]byte, error) {
 			resting = append(resting, src)
 		}
 	}
-	var errs []error
+	var all refusals
 	for _, src := range append(awake, resting...) {
 		raw, err := f.manifestFrom(ctx, src)
 		if err == nil || ctx.Err() != nil {
@@ -366,9 +375,9 @@ func (f *fetch) fetchManifest(ctx context.Context) ([]byte, error) {
 		if ClassOf(err) == ClassNetwork {
 			f.store.tracks.with(src, (*track).failed)
 		}
-		errs = append(errs, err)
+		all.add(src, err)
 	}
-	return nil, errors.Join(errs...)
+	return nil, all.join()
 }
 
 // manifestFrom asks one source; one that sends something else has not got it.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
 	"strings"
 	"sync"
@@ -86,16 +87,21 @@ type readerFunc func([]byte) (int, error)
 
 func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
 
-// put makes an image of chunks of 64 KiB, each filled with one letter and a number.
+// letter is the content of a chunk: 64 KiB of noise, or of zeros.
+func letter(c rune) []byte {
+	chunk := make([]byte, 64<<10)
+	if c != '0' {
+		_, _ = rand.NewChaCha8([32]byte{byte(c), byte(c >> 8), 1}).Read(chunk) // never fails
+	}
+	return chunk
+}
+
+// put makes an image of chunks of 64 KiB, one for each letter.
 func (s *shelf) put(t *testing.T, pattern string) (fleet.Hold, *image.Manifest) {
 	t.Helper()
 	var disk []byte
 	for _, c := range pattern {
-		chunk := bytes.Repeat([]byte{byte(c), 1, 2, 3}, 16<<10)
-		if c == '0' {
-			clear(chunk)
-		}
-		disk = append(disk, chunk...)
+		disk = append(disk, letter(c)...)
 	}
 	raw, err := tart.Build(t.Context(), tart.Source{
 		Config: &tart.Config{Version: 1, OS: "linux"}, NVRAM: []byte(pattern), Disk: bytes.NewReader(disk), ChunkSize: 64 << 10,
@@ -112,7 +118,7 @@ func (s *shelf) put(t *testing.T, pattern string) (fleet.Hold, *image.Manifest) 
 	if err != nil {
 		t.Fatal(err)
 	}
-	return fleet.Hold{Digest: d, Ref: "registry.example/base:" + strings.ToLower(pattern)}, m
+	return fleet.Hold{Digest: d, Ref: "registry.example/base:" + d.Short()}, m
 }
 
 // hold makes a blob wait in its middle; the returned function lets it go.
