@@ -19,6 +19,9 @@ const (
 	// aloneAfter is how long a node hears nothing before it acts by itself: by then the
 	// controller counts it as silent, too.
 	aloneAfter = 45 * time.Second
+	// keptFor is the pause after an eviction that failed: the order for it stands in each
+	// reply, and the next reply comes at once, since the failure is news.
+	keptFor = 10 * time.Second
 	// maxNames bounds the references of which the leader's last word is remembered.
 	maxNames = 1000
 )
@@ -26,8 +29,16 @@ const (
 // evict removes images that may go, unless the same reply asks to hold them. Removing
 // takes as long as the file system likes, so it does not hold up the next sync.
 func (a *Agent) evict(ctx context.Context, r api.SyncReply) {
+	if len(r.Evict) == 0 {
+		return
+	}
+	leased := map[fleet.Digest]bool{} // these stay, which the leader sees by the report
+	for _, i := range a.c.Images.List() {
+		leased[i.Digest] = i.Leases > 0
+	}
 	for _, d := range r.Evict {
-		if !slices.ContainsFunc(r.Hold, func(h fleet.Hold) bool { return h.Digest == d }) {
+		held := slices.ContainsFunc(r.Hold, func(h fleet.Hold) bool { return h.Digest == d })
+		if !held && !leased[d] {
 			a.letGo(ctx, d, "the controller marked it")
 		}
 	}
@@ -38,7 +49,7 @@ func (a *Agent) evict(ctx context.Context, r api.SyncReply) {
 func (a *Agent) letGo(ctx context.Context, d fleet.Digest, why string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.evicting[d] || ctx.Err() != nil {
+	if a.evicting[d] || a.c.Now().Sub(a.kept[d]) < keptFor || ctx.Err() != nil {
 		return
 	}
 	a.evicting[d] = true
@@ -50,6 +61,9 @@ func (a *Agent) letGo(ctx context.Context, d fleet.Digest, why string) {
 		}
 		a.mu.Lock()
 		delete(a.evicting, d)
+		if delete(a.kept, d); err != nil {
+			a.kept[d] = a.c.Now()
+		}
 		a.mu.Unlock()
 		if err == nil {
 			a.states.prune(a.c.Images.List())

@@ -176,9 +176,10 @@ type Agent struct {
 	sequence int64
 	people   connector
 	evicting map[fleet.Digest]bool
-	names    map[string]fleet.Digest // what the leader last meant by a reference
-	heard    time.Time               // the last reply, or the start
-	free     int64                   // the last good answer of Free
+	kept     map[fleet.Digest]time.Time // what could not be evicted, and when that was
+	names    map[string]fleet.Digest    // what the leader last meant by a reference
+	heard    time.Time                  // the last reply, or the start
+	free     int64                      // the last good answer of Free
 }
 
 // New checks the configuration and makes the agent's directories; nothing runs yet.
@@ -209,6 +210,7 @@ func New(c Config) (*Agent, error) {
 		past:     map[fleet.VMID]time.Time{},
 		waiting:  map[fleet.VMID]bool{},
 		evicting: map[fleet.Digest]bool{},
+		kept:     map[fleet.Digest]time.Time{},
 		names:    map[string]fleet.Digest{},
 		heard:    c.Now(),
 		applied:  make(chan struct{}),
