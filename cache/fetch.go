@@ -2,14 +2,9 @@ package cache
 
 import (
 	"bufio"
-	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash"
-	"io"
 	"os"
 	"path/filepath"
 
@@ -18,10 +13,6 @@ import (
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/image"
 )
-
-// readSize is how much is read of a body at a time: enough that taking the store's lock
-// for each is nothing, and 8 streams of it are 1 MiB.
-const readSize = 128 << 10
 
 // fetch brings the parts of one image into its partial directory.
 type fetch struct {
@@ -33,13 +24,17 @@ type fetch struct {
 
 	image *image.Manifest
 	codec image.Codec
+
+	committer *committer
+	streams   chan *stream // those that no piece uses
+	small     []*os.File   // what is not the disk, open until all is committed
 }
 
 // await returns when it is this pull's turn to move bytes.
 func (f *fetch) await(ctx context.Context) error { return f.store.await(ctx, f.turn) }
 
-// manifest reads the manifest from the partial directory, or fetches it there, and opens
-// the disk. Nothing of a manifest that is no good is kept.
+// manifest reads the manifest from the partial directory, or fetches it there. Nothing of
+// a manifest that is no good is kept.
 func (f *fetch) manifest(ctx context.Context) error {
 	d := f.entry.Digest
 	m, codec, err := f.store.readManifest(f.partial.dir, d)
@@ -59,74 +54,151 @@ func (f *fetch) manifest(ctx context.Context) error {
 		}
 	}
 	f.image, f.codec = m, codec
-	return diskError(f.partial.openDisk(m.DiskSize))
+	return nil
 }
 
-// small brings the VM config, which may show that the rest is not worth fetching, and
-// then the NVRAM.
-func (f *fetch) small(ctx context.Context) error {
-	if err := f.whole(ctx, aConfig, f.image.Config, configFile, f.codec.CheckConfig); err != nil {
-		return err
+// disk opens the disk; a new one begins as a clone of the ready image's that is closest to
+// it, where that costs nothing.
+func (f *fetch) disk(ctx context.Context) error {
+	path := filepath.Join(f.partial.dir, diskFile)
+	var same []image.Chunk
+	if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
+		base, dir, shared, release, ok := f.reuseBase(ctx)
+		if ok {
+			err := f.cloneBase(filepath.Join(dir, diskFile), path, shared)
+			release()
+			if err != nil {
+				f.store.log.Warn("a disk could not begin as a clone", "image", f.entry.Digest, "base", base, "error", err)
+			} else {
+				same = shared
+			}
+		}
 	}
-	return f.whole(ctx, anNVRAM, f.image.NVRAM, nvramFile, func([]byte) error { return nil })
-}
-
-// whole brings a blob that is a file as it is. Its size is within the limits of package
-// image, so it fits in memory.
-func (f *fetch) whole(ctx context.Context, kind string, b image.Blob, file string, check func([]byte) error) error {
-	part, what := item{kind, b.Digest}, names[kind]
-	info, err := os.Stat(filepath.Join(f.partial.dir, file))
-	if err == nil && info.Size() == b.Size && f.partial.journal.has(part) {
-		return nil
-	}
-	if err := f.await(ctx); err != nil {
-		return err
-	}
-	if b.Digest == "" { // an image without it: an empty file stands for it in clones
-		return diskError(writeFile(filepath.Join(f.partial.dir, file), nil))
-	}
-	w := Want{Ref: f.ref, Image: f.entry.Digest, Chunk: image.Chunk{
-		Index: -1, Size: b.Size, Content: b.Digest, Blob: b.Digest, BlobSize: b.Size, MediaType: b.MediaType,
-	}}
-	body, err := f.open(ctx, w)
-	if err != nil {
-		return fmt.Errorf("fetching the %s (%s): %w", what, b.Digest.Short(), err)
-	}
-	defer func() { _ = body.Close() }()
-	data, err := io.ReadAll(io.LimitReader(body, b.Size+1))
-	if err != nil {
-		return fmt.Errorf("fetching the %s (%s): %w", what, b.Digest.Short(), err)
-	}
-	if got := image.DigestOf(data); got != b.Digest {
-		return &Error{Class: ClassDigest, Err: fmt.Errorf("%s: %d bytes came with digest %s, want %d bytes with %s", what, len(data), got, b.Size, b.Digest)}
-	}
-	if err := check(data); err != nil {
-		return err
-	}
-	if err := writeFile(filepath.Join(f.partial.dir, file), data); err != nil {
+	if err := f.partial.openDisk(f.image.DiskSize); err != nil {
 		return diskError(err)
 	}
-	return diskError(f.partial.finished(nil, part))
+	if len(same) == 0 {
+		return nil
+	}
+	whole := f.whole(same)
+	notes := make([]note, len(whole))
+	for i, c := range whole {
+		notes[i] = note{item: itemOf(c)}
+		f.reused(c.BlobSize)
+	}
+	return diskError(f.partial.journal.add(notes))
 }
 
-// chunks brings every distinct chunk that is missing, several at a time, and writes it
-// at every offset where it occurs. Chunks of zeros are holes already.
-func (f *fetch) chunks(ctx context.Context) error {
+// cloneBase makes a disk of another image's, on disk in full before it has its name.
+func (f *fetch) cloneBase(from, to string, same []image.Chunk) error {
+	temp := to + tempSuffix
+	if err := os.Remove(temp); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if shared, err := reflink(from, temp); err != nil || !shared {
+		return errors.Join(err, errors.ErrUnsupported)
+	}
+	if err := f.blankBase(temp, same); err != nil {
+		return errors.Join(err, os.Remove(temp))
+	}
+	if err := os.Rename(temp, to); err != nil {
+		return err
+	}
+	return syncDir(f.partial.dir)
+}
+
+// blankBase gives a cloned disk its size, and zeros where nothing will be written.
+func (f *fetch) blankBase(path string, same []image.Chunk) error {
+	disk, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = disk.Close() }() // synced below
+	if err := disk.Truncate(f.image.DiskSize); err != nil {
+		return err
+	}
+	kept := make(map[int]bool, len(same))
+	for _, c := range same {
+		kept[c.Index] = true
+	}
+	for _, c := range f.image.Chunks {
+		if !c.Zero || kept[c.Index] {
+			continue
+		}
+		if err := blank(disk, c.Offset, c.Size); err != nil {
+			return err
+		}
+	}
+	return disk.Sync()
+}
+
+// whole are the contents that are in all their places, given the chunks that are in theirs.
+func (f *fetch) whole(same []image.Chunk) []image.Chunk {
+	missing := make(map[fleet.Digest]int)
+	for _, c := range f.image.Chunks {
+		missing[c.Content]++
+	}
+	for _, c := range same {
+		missing[c.Content]--
+	}
+	var whole []image.Chunk
+	for _, c := range f.image.Distinct() {
+		if missing[c.Content] <= 0 {
+			whole = append(whole, c)
+		}
+	}
+	return whole
+}
+
+// all brings all that is missing, and tells the site of what is here already.
+func (f *fetch) all(ctx context.Context) error {
+	defer f.begin(ctx)()
+	for _, c := range f.image.Pieces() {
+		if f.partial.journal.has(itemOf(c)) {
+			f.has(c.Content)
+		}
+	}
+	return f.bring(ctx)
+}
+
+// bring fetches all that is missing. What came is in the journal when it returns, also
+// after an error.
+func (f *fetch) bring(ctx context.Context) (err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	f.streams = make(chan *stream, f.store.streams)
+	f.committer = newCommitter(f.partial.journal, func(i item) { f.has(i.digest) }, cancel)
+	defer func() {
+		if cerr := f.committer.close(); cerr != nil {
+			err = cerr
+		}
+		for _, file := range f.small {
+			_ = file.Close() // the committer has synced it
+		}
+	}()
+	// The VM config first: it may show that the rest is not worth fetching.
+	if err := f.file(ctx, f.image.ConfigChunk(), configFile); err != nil {
+		return err
+	}
+	config, err := os.ReadFile(filepath.Join(f.partial.dir, configFile))
+	if err != nil {
+		return diskError(err)
+	}
+	if err := f.codec.CheckConfig(config); err != nil {
+		return err
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return f.file(ctx, f.image.NVRAMChunk(), nvramFile) })
 	places := make(map[fleet.Digest][]int64)
 	for _, c := range f.image.Chunks {
 		places[c.Content] = append(places[c.Content], c.Offset)
 	}
-	group, ctx := errgroup.WithContext(ctx)
-	group.SetLimit(f.store.streams)
 	for _, c := range f.image.Distinct() {
-		if f.partial.journal.has(item{aChunk, c.Content}) {
+		if f.partial.journal.has(itemOf(c)) {
 			continue
 		}
 		group.Go(func() error {
-			if err := ctx.Err(); err != nil {
-				return err // another chunk failed before this one began
-			}
-			if err := f.chunk(ctx, c, places[c.Content]); err != nil {
+			if err := f.one(ctx, c, f.partial.disk, places[c.Content]); err != nil {
 				return fmt.Errorf("layer %d (disk offset %d, blob %s): %w", c.Layer, c.Offset, c.Blob.Short(), err)
 			}
 			return nil
@@ -135,123 +207,74 @@ func (f *fetch) chunks(ctx context.Context) error {
 	return group.Wait()
 }
 
-// chunk brings one chunk: fetched, decoded, written and hashed twice in one pass.
-func (f *fetch) chunk(ctx context.Context, c image.Chunk, offsets []int64) error {
-	if err := f.await(ctx); err != nil {
-		return err
+// file brings a piece that is a file of its own.
+func (f *fetch) file(ctx context.Context, c image.Chunk, name string) error {
+	path := filepath.Join(f.partial.dir, name)
+	info, err := os.Stat(path)
+	if err == nil && info.Size() == c.Size && f.partial.journal.has(itemOf(c)) {
+		return nil
 	}
-	out := &sparseWriter{file: f.partial.disk, offsets: offsets, clean: f.partial.fresh}
-	if !out.clean {
-		// A former try may have left anything here.
-		out.clean = punch(f.partial.disk, offsets, c.Size)
+	if c.Content == "" { // an image without it: an empty file stands for it in clones
+		return diskError(writeFile(path, nil))
 	}
-	body, err := f.open(ctx, Want{Ref: f.ref, Image: f.entry.Digest, Chunk: c})
+	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return err
+		return diskError(err)
 	}
-	defer func() { _ = body.Close() }()
-	wire := &metered{
-		await: func() error { return f.await(ctx) }, store: f.store, entry: f.entry,
-		body: io.LimitReader(body, c.BlobSize+1), // one more shows that there is more
+	f.small = append(f.small, file) // by one goroutine: the VM config is before all else
+	if err := file.Truncate(c.Size); err != nil {
+		return diskError(err)
 	}
-	if err := f.transfer(c, wire, out); err != nil {
-		wire.takeBack()
-		return err
-	}
-	return diskError(f.partial.finished(f.partial.disk, item{aChunk, c.Content}))
-}
-
-// open opens a piece at the source that is chosen for it.
-func (f *fetch) open(ctx context.Context, w Want) (io.ReadCloser, error) {
-	s, err := f.choose(ctx, w, nil)
-	if err != nil {
-		return nil, err
-	}
-	defer s.ended(nil)
-	return s.open(ctx, w, 0)
-}
-
-// transfer decodes a chunk from the wire to the disk and verifies both its digests.
-func (f *fetch) transfer(c image.Chunk, wire io.Reader, out io.Writer) error {
-	blob, content := sha256.New(), sha256.New()
-	in := bufio.NewReaderSize(io.TeeReader(wire, blob), readSize)
-	err := image.Decode(f.codec, io.MultiWriter(content, out), in, c)
-	if err != nil && ClassOf(err) != ClassFormat {
-		return err
-	}
-	// Read to the end also what does not decode: if the digest of the blob is wrong, the
-	// bytes were spoilt on the way; if it is right, the image is bad as it was pushed.
-	if _, rerr := io.Copy(io.Discard, in); rerr != nil {
-		return errors.Join(err, rerr)
-	}
-	if got := sum(blob); got != c.Blob {
-		wrong := fmt.Errorf("the blob's digest is %s, want %s: wrong or missing bytes came from the registry", got, c.Blob)
-		if err != nil {
-			wrong = fmt.Errorf("%w; %w", wrong, err)
-		}
-		return &Error{Class: ClassDigest, Err: wrong}
-	}
-	if err != nil {
-		return err
-	}
-	if got := sum(content); got != c.Content {
-		return &Error{Class: ClassDigest, Err: fmt.Errorf("the content's digest is %s, the manifest says %s: the image was pushed wrongly", got, c.Content)}
+	if err := f.one(ctx, c, file, []int64{0}); err != nil {
+		return fmt.Errorf("fetching the %s (%s): %w", names[itemOf(c).kind], c.Blob.Short(), err)
 	}
 	return nil
 }
 
-func sum(h hash.Hash) fleet.Digest {
-	return fleet.Digest("sha256:" + hex.EncodeToString(h.Sum(nil)))
-}
-
-// sparseWriter writes a chunk at all its offsets at once and leaves zeros out, where
-// there are none but zeros before.
-type sparseWriter struct {
-	file    *os.File
-	offsets []int64
-	clean   bool  // the regions read as zeros
-	at      int64 // in the chunk
-}
-
-// hole is the piece in which zeros are looked for: the block size of APFS, ext4 and xfs.
-const hole = 4096
-
-var zeros [hole]byte
-
-// Write implements io.Writer; its errors are of class disk.
-func (w *sparseWriter) Write(b []byte) (int, error) {
-	total := len(b)
-	for len(b) > 0 {
-		skip := 0
-		if w.clean {
-			skip = run(b, true)
-		}
-		w.at += int64(skip)
-		b = b[skip:]
-		n := len(b)
-		if w.clean {
-			n = run(b, false)
-		}
-		for _, offset := range w.offsets {
-			if _, err := w.file.WriteAt(b[:n], offset+w.at); err != nil {
-				return total - len(b), diskError(err)
-			}
-		}
-		w.at += int64(n)
-		b = b[n:]
+// one brings one piece: from a ready image, else from a source.
+func (f *fetch) one(ctx context.Context, c image.Chunk, file *os.File, offsets []int64) error {
+	if err := f.await(ctx); err != nil {
+		return err
 	}
-	return total, nil
+	done := false
+	if _, begun := f.partial.journal.mark(itemOf(c)); !begun { // else its bytes must stay
+		var err error
+		if done, err = f.local(ctx, c, offsets); err != nil {
+			return err
+		}
+	}
+	p := &piece{fetch: f, chunk: c, item: itemOf(c), file: file, offsets: offsets}
+	defer f.free(p)
+	if !done {
+		if err := p.run(ctx); err != nil {
+			return err
+		}
+	}
+	f.committer.offer(p.stream, file, note{item: p.item})
+	return nil
 }
 
-// run is how many bytes at the start of b are pieces of zeros, or are none.
-func run(b []byte, zero bool) int {
-	n := 0
-	for n < len(b) {
-		piece := b[n:min(n+hole, len(b))]
-		if bytes.Equal(piece, zeros[:len(piece)]) != zero {
-			break
-		}
-		n += len(piece)
+// engage gives a piece that has a supply a stream. There are as many as supplies at a
+// time: who may have one was decided when it was chosen.
+func (f *fetch) engage(p *piece) {
+	if p.stream != nil {
+		return
 	}
-	return n
+	select {
+	case p.stream = <-f.streams:
+	default:
+		p.stream = &stream{buffer: bufio.NewReaderSize(nil, readSize)}
+	}
+}
+
+// free gives a piece's stream to the next one.
+func (f *fetch) free(p *piece) {
+	if p.stream == nil {
+		return
+	}
+	p.stream.buffer.Reset(nil)
+	select {
+	case f.streams <- p.stream:
+	default: // one too many: a supply was given up before its piece's stream
+	}
 }

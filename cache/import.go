@@ -172,7 +172,7 @@ func (i *importing) run(ctx context.Context, ref string) ([]Flaw, error) {
 	}
 	s.mu.Lock()
 	i.entry.Total = m.Bytes()
-	i.entry.done.Store(p.journal.bytes(m))
+	i.entry.done.Store(p.journal.bytes(m, true))
 	if len(flaws) == 0 {
 		s.move(i.entry, fleet.ImageVerifying)
 	}

@@ -31,13 +31,13 @@ func child(t *testing.T, test string, env ...string) *exec.Cmd {
 }
 
 // A process is killed (-9) in the middle of a pull: three of five chunks are in its
-// journal, one hangs in the middle of its body, one has failed to begin. The next
+// journal, two hang in the middle of their bodies. The next
 // process finds the store unlocked, asks for what is missing and nothing else, and
 // hashes nothing again.
 func TestKilled(t *testing.T) {
 	if dir := os.Getenv(childDir); dir != "" {
 		hold := fleet.Hold{Ref: os.Getenv(childRef), Digest: fleet.Digest(os.Getenv(childDigest))}
-		err := openStore(t, dir, 2).Pull(t.Context(), hold)
+		err := openStore(t, dir, 4).Pull(t.Context(), hold)
 		t.Fatalf("the pull that was to be killed ended: %v", err)
 	}
 	w := newWorld(t)

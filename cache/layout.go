@@ -23,6 +23,8 @@ const (
 	manifestFile = "manifest.json"
 	metaFile     = "image.json"
 	journalFile  = "journal"
+
+	tempSuffix = ".new" // of a file that is to replace another by a rename
 )
 
 // layout is a store's directory; the package comment draws it. Digests have been

@@ -37,8 +37,8 @@ type Seen struct {
 	Leases    []string  // the holders, sorted
 	Err       error     // why it is no image, although it lies in an image's place
 
-	done map[item]bool // finished pieces of one that is here in part
-	info os.FileInfo   // of Dir
+	journal *journal    // of one that is here in part and has a manifest, else nil
+	info    os.FileInfo // of Dir
 }
 
 // LookAt makes a view of the store in dir, which must be one. nil codecs: Tart's.
@@ -134,8 +134,8 @@ func (v *View) look(d fleet.Digest, ready bool) (Seen, bool) {
 	case ready:
 		i.Done, i.Leases, i.Err = m.Bytes(), v.holders(d), checkFiles(i.Dir, m)
 	default:
-		i.UsedAt, i.done = time.Time{}, finishedIn(i.Dir)
-		i.Done = doneBytes(m, i.done)
+		i.UsedAt, i.journal = time.Time{}, finishedIn(i.Dir)
+		i.Done = i.journal.bytes(m, true)
 	}
 	return i, isDir(i.Dir) // what was read of one that has gone meanwhile says nothing
 }
@@ -162,20 +162,11 @@ func (v *View) holders(d fleet.Digest) []string {
 	return names
 }
 
-// finishedIn is what the journal in a directory says; a journal that cannot be read says
-// nothing.
-func finishedIn(dir string) map[item]bool {
-	data, err := os.ReadFile(filepath.Join(dir, journalFile))
-	if err != nil {
-		return nil
-	}
-	done, _ := parseJournal(data)
-	return done
-}
-
-// doneBytes is what the finished chunks of m had on the wire.
-func doneBytes(m *image.Manifest, done map[item]bool) int64 {
-	return (&journal{done: done}).bytes(m)
+// finishedIn is what the journal in a directory says, not to be added to; a journal that
+// cannot be read says nothing.
+func finishedIn(dir string) *journal {
+	done, marks, _, _ := readJournal(filepath.Join(dir, journalFile))
+	return &journal{done: done, marks: marks}
 }
 
 // Plan is what a pull would do.
@@ -194,42 +185,54 @@ func (v *View) Plan(m *image.Manifest) (Plan, error) {
 	if err != nil {
 		return Plan{}, err
 	}
-	var p Plan
-	held, done := make(map[fleet.Digest]bool), map[item]bool{}
+	held, own := make(map[fleet.Digest]bool), &journal{}
 	for _, i := range images {
 		switch {
 		case i.Digest == m.Digest && i.Ready && i.Err == nil:
 			return Plan{Ready: true}, nil
-		case i.Digest == m.Digest:
-			done = i.done
+		case i.Digest == m.Digest && i.journal != nil:
+			own = i.journal
 		case i.Ready && i.Err == nil:
 			for _, c := range i.Manifest.Chunks {
-				held[c.Content] = !c.Legacy() // of which the content's digest is not known
+				held[c.Content] = true
 			}
 		}
 	}
+	return plan(m, held, own), nil
+}
+
+// PlanAfresh says what a pull of m into an empty store would request.
+func PlanAfresh(m *image.Manifest) Plan { return plan(m, nil, &journal{}) }
+
+// plan plans with the contents that other images hold, and what is here of this one.
+func plan(m *image.Manifest, held map[fleet.Digest]bool, own *journal) Plan {
+	var p Plan
 	for _, c := range m.Chunks {
 		if c.Zero {
 			p.Zero += c.Size
 		}
 	}
 	for _, c := range m.Distinct() {
-		switch {
-		case done[item{aChunk, c.Content}]:
+		switch begun, marked := own.mark(itemOf(c)); {
+		case own.has(itemOf(c)):
 			p.Kept += c.BlobSize
-		case held[c.Content]:
+		case held[c.Content] && !c.Legacy(): // of which the content's digest is not known
 			p.Reused += c.BlobSize
 		default:
 			p.Chunks = append(p.Chunks, c)
 			p.Requests += c.BlobSize
+			if marked {
+				p.Kept += begun.wire(c)
+				p.Requests -= begun.wire(c)
+			}
 		}
 	}
-	for kind, b := range map[string]image.Blob{aConfig: m.Config, anNVRAM: m.NVRAM} {
-		if b.Digest != "" && !done[item{kind, b.Digest}] {
-			p.Requests += b.Size
+	for _, s := range smallFiles(m) {
+		if s.blob.Digest != "" && !own.has(item{s.kind, s.blob.Digest}) {
+			p.Requests += s.blob.Size
 		}
 	}
-	return p, nil
+	return p
 }
 
 // Shared is how much of an image another one holds, too.

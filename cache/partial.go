@@ -1,14 +1,11 @@
 package cache
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
-	"sync"
 	"time"
 
 	"github.com/paddock-ci/paddock/fleet"
@@ -44,6 +41,12 @@ func (s *Store) openPartial(h fleet.Hold) (*partial, error) {
 	if err != nil {
 		return nil, err
 	}
+	if _, err := os.Lstat(filepath.Join(dir, diskFile)); errors.Is(err, os.ErrNotExist) && j.size > 0 {
+		if err := j.forget(); err != nil { // it speaks of a disk that is gone
+			j.close()
+			return nil, err
+		}
+	}
 	return &partial{dir: dir, journal: j}, nil
 }
 
@@ -59,18 +62,39 @@ func (p *partial) openDisk(size int64) error {
 		return err
 	}
 	p.disk = disk
-	return disk.Truncate(size)
+	info, err := disk.Stat()
+	if err != nil {
+		return err
+	}
+	if info.Size() == size {
+		return nil
+	}
+	// The size of an old one is set before anything is journalled: this one was cut by
+	// somebody, and what the journal says of it is not true.
+	if err := p.journal.forget(); err != nil {
+		return err
+	}
+	if err := disk.Truncate(size); err != nil {
+		return err
+	}
+	return syncDir(p.dir)
 }
 
-// finished notes that a blob or chunk is here in full. It waits until file is on disk
-// before it writes the note, so that the journal never promises what a crash took.
+// clean makes size bytes at each offset read as zeros, if it can; false: they hold
+// whatever a former try, or the disk that this one was cloned from, left there.
+func (p *partial) clean(file *os.File, offsets []int64, size int64) bool {
+	return p.fresh && file == p.disk || punch(file, offsets, size)
+}
+
+// finished notes that a part is here in full. It waits until file is on disk before it
+// writes the note, so that the journal never promises what a crash took.
 func (p *partial) finished(file *os.File, i item) error {
 	if file != nil {
-		if err := file.Sync(); err != nil {
+		if err := datasync(file); err != nil {
 			return err
 		}
 	}
-	return p.journal.add(i)
+	return p.journal.add([]note{{item: i}})
 }
 
 // seal checks that all is here, and waits until it is on disk.
@@ -86,13 +110,14 @@ func (p *partial) seal(m *image.Manifest, ref string) error {
 	if err := p.disk.Sync(); err != nil {
 		return diskError(err)
 	}
+	p.journal.trim()
 	return diskError(writeMeta(p.dir, ref))
 }
 
 func (p *partial) close() {
-	_ = p.journal.file.Close() // every line was synced when it was written
+	p.journal.close()
 	if p.disk != nil {
-		_ = p.disk.Close() // synced in finished
+		_ = p.disk.Close() // synced before each note
 	}
 }
 
@@ -121,105 +146,4 @@ func readMeta(dir string) (ref string, used time.Time) {
 		used = info.ModTime()
 	}
 	return m.Ref, used
-}
-
-// item is a part of an image. The kind belongs to it: the same bytes may be the config,
-// the NVRAM and a chunk, and each has to be written to a place of its own.
-type item struct {
-	kind   string
-	digest fleet.Digest // of content for chunks, of the blob for the others
-}
-
-// Kinds of items, as the journal has them.
-const (
-	aChunk  = "chunk"
-	aConfig = "config"
-	anNVRAM = "nvram"
-)
-
-// names are what people call them.
-var names = map[string]string{aChunk: "chunk", aConfig: "VM config", anNVRAM: "NVRAM"}
-
-// journal is the list of what is finished, in memory and on disk: a line for each, of
-// its kind, a space and its digest.
-type journal struct {
-	mu   sync.Mutex
-	file *os.File
-	done map[item]bool
-}
-
-// openJournal reads a journal or begins one. A line that a crash cut short is dropped,
-// and what it would have said is fetched again.
-func openJournal(path string) (*journal, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	data, err := os.ReadFile(path)
-	if err != nil {
-		_ = f.Close()
-		return nil, err
-	}
-	done, whole := parseJournal(data)
-	// Cut the torn line off, so that the next one begins at a line's start.
-	if err := f.Truncate(whole); err != nil {
-		_ = f.Close()
-		return nil, err
-	}
-	if _, err := f.Seek(whole, 0); err != nil {
-		_ = f.Close()
-		return nil, err
-	}
-	return &journal{file: f, done: done}, nil
-}
-
-// parseJournal reads lines up to the first that is not an item and a newline; whole is
-// how many bytes those are.
-func parseJournal(data []byte) (done map[item]bool, whole int64) {
-	done = make(map[item]bool)
-	for {
-		line, rest, ok := bytes.Cut(data, []byte("\n"))
-		kind, digest, _ := strings.Cut(string(line), " ")
-		i := item{kind, fleet.Digest(digest)}
-		known := i.kind == aChunk || i.kind == aConfig || i.kind == anNVRAM
-		if !ok || !known || fleet.CheckDigest(i.digest) != nil {
-			return done, whole
-		}
-		done[i] = true
-		whole += int64(len(line)) + 1
-		data = rest
-	}
-}
-
-func (j *journal) has(i item) bool {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return j.done[i]
-}
-
-// add writes a line and waits until it is on disk.
-func (j *journal) add(i item) error {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if _, err := j.file.WriteString(i.kind + " " + string(i.digest) + "\n"); err != nil {
-		return err
-	}
-	if err := j.file.Sync(); err != nil {
-		return err
-	}
-	j.done[i] = true
-	return nil
-}
-
-// bytes is what the finished chunks of m had on the wire.
-func (j *journal) bytes(m *image.Manifest) int64 {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	var sum int64
-	for _, c := range m.Distinct() {
-		if j.done[item{aChunk, c.Content}] {
-			sum += c.BlobSize
-		}
-	}
-	return sum
 }

@@ -153,15 +153,16 @@ func (s *Store) pull(ctx context.Context, e *entry, t *turn, h fleet.Hold) error
 	if err := f.manifest(ctx); err != nil {
 		return err
 	}
+	if err := f.disk(ctx); err != nil {
+		return fmt.Errorf("making the disk: %w", err)
+	}
 	s.mu.Lock()
 	e.Total = f.image.Bytes()
 	s.mu.Unlock()
-	e.done.Store(p.journal.bytes(f.image))
-	defer f.begin(ctx)()
-	if err := f.small(ctx); err != nil {
-		return err
-	}
-	if err := f.chunks(ctx); err != nil {
+	// Pieces that are here in part count when they are opened at their mark.
+	e.done.Store(p.journal.bytes(f.image, false))
+	if err := f.all(ctx); err != nil {
+		e.done.Store(p.journal.bytes(f.image, true))
 		return err
 	}
 	s.verifying(t)

@@ -63,7 +63,13 @@ func openStore(t *testing.T, dir string, streams int) *cache.Store {
 // disk and its manifest.
 func (w *world) push(t *testing.T, name, pattern string) (fleet.Hold, []byte, *image.Manifest) {
 	t.Helper()
-	src := registrytest.Source(pattern, chunkSize)
+	return w.pushSized(t, name, pattern, chunkSize)
+}
+
+// pushSized is push with chunks of another size.
+func (w *world) pushSized(t *testing.T, name, pattern string, chunk int) (fleet.Hold, []byte, *image.Manifest) {
+	t.Helper()
+	src := registrytest.Source(pattern, chunk)
 	disk := make([]byte, src.Disk.Size())
 	if n, err := src.Disk.ReadAt(disk, 0); n < len(disk) {
 		t.Fatal(err)

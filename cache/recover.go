@@ -139,11 +139,10 @@ func (s *Store) adoptPartial(d fleet.Digest) error {
 	if err != nil {
 		return err
 	}
-	data, err := os.ReadFile(filepath.Join(dir, journalFile))
-	if err != nil {
+	done, marks, _, err := readJournal(filepath.Join(dir, journalFile))
+	if err != nil && !errors.Is(err, os.ErrNotExist) { // without one, nothing is done
 		return err
 	}
-	done, _ := parseJournal(data)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if e := s.images[d]; e != nil && e.State == fleet.ImageReady {
@@ -152,7 +151,7 @@ func (s *Store) adoptPartial(d fleet.Digest) error {
 	e := s.entry(d)
 	e.Ref, _ = readMeta(dir)
 	e.Total = m.Bytes()
-	e.done.Store((&journal{done: done}).bytes(m))
+	e.done.Store((&journal{done: done, marks: marks}).bytes(m, true))
 	s.move(e, fleet.ImagePaused)
 	s.log.Info("found a pull to resume", "image", d, "done", e.done.Load(), "total", e.Total)
 	return nil

@@ -123,7 +123,7 @@ func TestPullBadImages(t *testing.T) {
 		}, cache.ClassFormat, "stream holds less than"},
 		{"sums differ", func(_ *world, _ *testing.T, doc *image.Document) { doc.Layers[1].Annotations[size] = "140000" }, cache.ClassFormat, "add up to"},
 		{"a layer that is no stream", func(w *world, t *testing.T, doc *image.Document) {
-			doc.Layers[1].Digest, doc.Layers[1].Size = put(w, t, "this is not an Apple-LZ4 stream")
+			doc.Layers[1].Digest, doc.Layers[1].Size = put(w, t, strings.Repeat("this is not an Apple-LZ4 stream", 100))
 		}, cache.ClassFormat, `at compressed offset 0 (decoded offset 0): no Apple-LZ4 block begins here: found "this"`},
 		{"an asif disk", func(w *world, t *testing.T, doc *image.Document) {
 			doc.Layers[0].Digest, doc.Layers[0].Size = put(w, t, `{"version":1,"os":"linux","diskFormat":"asif"}`)

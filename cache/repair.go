@@ -46,7 +46,7 @@ func (s *Store) Repair(d fleet.Digest, flaws []Flaw) error {
 		return fmt.Errorf("repairing image %s: %w", d.Short(), err)
 	}
 	e.DiskBytes, e.Total = 0, m.Bytes()
-	e.done.Store(doneBytes(m, finishedIn(s.dir.partial(d))))
+	e.done.Store(finishedIn(s.dir.partial(d)).bytes(m, true))
 	s.move(e, fleet.ImagePaused)
 	s.log.Warn("image is to be fetched again in part", "image", d, "flaws", len(flaws))
 	return nil
@@ -99,20 +99,20 @@ func clearZeros(path string, flaws []Flaw) error {
 // rewriteJournal notes all parts of an image but the bad ones as finished.
 func rewriteJournal(dir string, m *image.Manifest, bad map[item]bool) error {
 	var lines strings.Builder
-	note := func(i item) {
+	add := func(i item) {
 		if i.digest != "" && !bad[i] {
-			fmt.Fprintf(&lines, "%s %s\n", i.kind, i.digest)
+			lines.WriteString(note{item: i}.String())
 		}
 	}
 	for _, small := range smallFiles(m) {
-		note(item{small.kind, small.blob.Digest})
+		add(item{small.kind, small.blob.Digest})
 	}
 	for _, c := range m.Distinct() {
-		note(item{aChunk, c.Content})
+		add(item{aChunk, c.Content})
 	}
 	path := filepath.Join(dir, journalFile)
-	if err := writeFile(path+".new", []byte(lines.String())); err != nil {
+	if err := writeFile(path+tempSuffix, []byte(lines.String())); err != nil {
 		return err
 	}
-	return os.Rename(path+".new", path)
+	return os.Rename(path+tempSuffix, path)
 }

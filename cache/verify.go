@@ -74,7 +74,7 @@ func (v *View) Verify(ctx context.Context, d fleet.Digest, progress func(done, t
 }
 
 func verify(ctx context.Context, i Seen, progress func(done, total int64)) ([]Flaw, error) {
-	here := func(kind string, d fleet.Digest) bool { return i.Ready || i.done[item{kind, d}] }
+	here := func(kind string, d fleet.Digest) bool { return i.Ready || i.journal.has(item{kind, d}) }
 	disk, err := openPlain(filepath.Join(i.Dir, diskFile))
 	if err == nil {
 		defer func() { _ = disk.Close() }()
