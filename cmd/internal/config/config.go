@@ -282,7 +282,8 @@ func (c *Config) fillDefaults() {
 		}
 		c.Node.Name = fitName(host)
 	}
-	if c.Node.Peer.Listen != "" && c.Node.Peer.Address == "" {
+	// A port that the system chooses is known when it listens.
+	if _, port, err := net.SplitHostPort(c.Node.Peer.Listen); err == nil && port != "0" && c.Node.Peer.Address == "" {
 		c.Node.Peer.Address = defaultHost(c.Node.Peer.Listen)
 	}
 	if c.URL == "" {

@@ -196,7 +196,9 @@ func (c *Control) build() (handler http.Handler, drain func(), err error) {
 	}
 	nodes, err := server.New(server.Config{
 		Store: c.store, Key: c.key, Pools: cfg.FleetPools, Fleet: cfg.Fleet, Explain: c.controller.Explain, Evictions: c.controller.Evictions,
-		Archives: c.runners.Latest, SelfURL: c.url, Certificate: c.pinned(), Metrics: metrics, Log: c.c.Log,
+		Archives:  c.runners.Latest,
+		PullToken: resolver.PullToken, Allowed: cfg.Images.Allowed, Egress: int64(cfg.Images.Egress),
+		SelfURL: c.url, Certificate: c.pinned(), Metrics: metrics, Log: c.c.Log,
 	})
 	if err != nil {
 		return nil, nil, err

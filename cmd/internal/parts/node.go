@@ -14,7 +14,6 @@ import (
 
 	"github.com/paddock-ci/paddock/access"
 	"github.com/paddock-ci/paddock/cache"
-	"github.com/paddock-ci/paddock/cache/registry"
 	"github.com/paddock-ci/paddock/cmd/internal/config"
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/node"
@@ -81,7 +80,7 @@ type NodeConfig struct {
 // Node is a node's agent with what it works with.
 type Node struct {
 	agent  *node.Agent
-	images *cache.Store
+	images *images
 }
 
 // NewNode builds the agent of a node that has joined. It takes seconds where it has to
@@ -112,17 +111,15 @@ func NewNode(ctx context.Context, c NodeConfig) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	fetcher, err := registry.New(registry.Config{Log: c.Log})
-	if err != nil {
-		return nil, err
-	}
-	images, err := openImages(ctx, cache.Config{Dir: filepath.Join(c.Node.Dir, "images"), Sources: []cache.Source{fetcher}, Streams: c.Node.Streams, Log: c.Log})
+	images, err := openImages(ctx, c, client)
 	if err != nil {
 		return nil, err
 	}
 	agent, err := node.New(node.Config{
 		ID: fleet.NodeID(c.Node.Name), Tags: c.Node.Tags, Slots: c.Node.Slots, Memory: hostMemory(), Dir: c.Node.Dir,
 		Driver: c.Node.Driver, Version: c.Version, Machines: machines, Images: images, Sync: client.Sync, Sessions: client,
+		Site: c.Node.Site, Peer: images.peer, Limit: images.Limit, Streams: c.Node.Streams,
+		Bandwidth: int64(c.Node.Bandwidth), BandwidthBusy: int64(c.Node.BandwidthBusy),
 		Renewed: func(credential string) error {
 			endpoint.Token = credential
 			if err := writeFile(path, endpoint); err != nil {
@@ -141,9 +138,9 @@ func NewNode(ctx context.Context, c NodeConfig) (*Node, error) {
 	return &Node{agent: agent, images: images}, nil
 }
 
-// openImages waits up to two seconds for the store's lock: an agent that was killed
+// openStore waits up to two seconds for the store's lock: an agent that was killed
 // between fork and exec of a helper leaves it held for that moment.
-func openImages(ctx context.Context, c cache.Config) (*cache.Store, error) {
+func openStore(ctx context.Context, c cache.Config) (*cache.Store, error) {
 	late := time.After(2 * time.Second)
 	again := time.NewTicker(50 * time.Millisecond)
 	defer again.Stop()

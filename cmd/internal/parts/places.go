@@ -14,5 +14,8 @@ func CredentialPath(c config.Node) string { return filepath.Join(c.Dir, credenti
 // HelpersDir holds a folder for each VM's helper.
 func HelpersDir(c config.Node) string { return filepath.Join(c.Dir, "vms") }
 
+// ImagesDir is the node's store of images.
+func ImagesDir(c config.Node) string { return filepath.Join(c.Dir, "images") }
+
 // HostMemory is this host's memory in bytes, 0 where it cannot be told.
 func HostMemory() int64 { return hostMemory() }
