@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -179,14 +180,25 @@ func TestTokens(t *testing.T) {
 		time.Sleep(2 * time.Second)
 		get(t.Context(), "r/a", "mac-1 r/a 4")
 
-		b.fail = errors.New("closed")
+		// What the controller refuses is not asked for otherwise; when it is away, the node
+		// goes on with what it has, and asks again a little later.
+		b.fail = &api.Error{Status: http.StatusForbidden, Message: "not from there"}
 		time.Sleep(tokenShared)
 		for range 2 {
-			if _, err := tokens.PullToken(t.Context(), "r/a"); !errors.Is(err, b.fail) {
+			if _, err := tokens.PullToken(t.Context(), "r/a"); !errors.Is(err, b.fail) || cache.ClassOf(err) != cache.ClassAuth {
 				t.Errorf("%v", err)
 			}
 		}
-		b.fail = nil
+		for _, away := range []error{errors.New("no route to host"), &api.Error{Status: http.StatusBadGateway, Message: "down"}} {
+			b.fail = away
+			get(t.Context(), "r/a", "")
+			time.Sleep(tokenPause)
+		}
+		b.fail, b.takes = nil, tokenTime+time.Second
+		get(t.Context(), "r/a", "")
+		b.takes = 0
+		get(t.Context(), "r/a", "")
+		time.Sleep(tokenPause)
 		get(t.Context(), "r/a", "mac-1 r/a 5")
 	})
 }

@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"sync"
 	"time"
 
 	"github.com/paddock-ci/paddock/api"
+	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/fleet"
 )
 
@@ -18,6 +20,10 @@ const (
 	// tokenMargin is how long before its end a token is not given out any more: a request
 	// with it has to arrive.
 	tokenMargin = 10 * time.Second
+	// tokenTime bounds a question: the controller may have to log in somewhere first.
+	tokenTime = 25 * time.Second
+	// tokenPause is how long a controller that does not answer is not asked again.
+	tokenPause = 5 * time.Second
 )
 
 // TokensConfig of Tokens. Node and PullToken are required.
@@ -26,6 +32,7 @@ type TokensConfig struct {
 	// PullToken asks the controller; *api.Client's.
 	PullToken func(ctx context.Context, node fleet.NodeID, r api.PullTokenRequest) (api.PullTokenReply, error)
 	Now       func() time.Time // nil: time.Now
+	Log       *slog.Logger     // nil: nothing is logged
 }
 
 // Tokens are the registries' tokens that the controller buys for this node, each good for
@@ -43,7 +50,7 @@ type pullToken struct {
 	token  string
 	until  time.Time // when it is no longer given out
 	failed error
-	left   bool // it failed because who asked went away: who waits asks again
+	left   bool // who asked went away: who waits asks again
 }
 
 // NewTokens checks the configuration.
@@ -54,11 +61,16 @@ func NewTokens(c TokensConfig) (*Tokens, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
 	return &Tokens{c: c, held: map[string]*pullToken{}}, nil
 }
 
 // PullToken is a token for pulls from a repository (host/name); empty: it is asked without
-// one. Calls at the same time make one question. It is registry.Config's Token.
+// one. Calls at the same time make one question. It fails where the controller refuses;
+// while that does not answer, a pull goes on with what credentials this node has. It is
+// registry.Config's Token.
 func (t *Tokens) PullToken(ctx context.Context, repository string) (string, error) {
 	for {
 		p, mine := t.enter(repository)
@@ -102,16 +114,22 @@ func (t *Tokens) enter(repository string) (p *pullToken, mine bool) {
 // ask fills p in, for all who wait for it.
 func (t *Tokens) ask(ctx context.Context, repository string, p *pullToken) {
 	defer close(p.done)
-	call, cancel := context.WithTimeout(ctx, askTime)
+	call, cancel := context.WithTimeout(ctx, tokenTime)
 	defer cancel()
 	reply, err := t.c.PullToken(call, t.c.Node, api.PullTokenRequest{Repository: repository})
-	if err != nil {
-		p.left = ctx.Err() != nil
-		p.failed = fmt.Errorf("asking the controller for a token for %s: %w", repository, err)
-		return
-	}
-	p.token, p.until = reply.Token, t.c.Now().Add(tokenShared)
-	if end := reply.ExpiresAt.Add(-tokenMargin); !reply.ExpiresAt.IsZero() && end.Before(p.until) {
-		p.until = end
+	var refused *api.Error
+	switch {
+	case err == nil:
+		p.token, p.until = reply.Token, t.c.Now().Add(tokenShared)
+		if end := reply.ExpiresAt.Add(-tokenMargin); !reply.ExpiresAt.IsZero() && end.Before(p.until) {
+			p.until = end
+		}
+	case ctx.Err() != nil:
+		p.left, p.failed = true, ctx.Err()
+	case errors.As(err, &refused) && refused.Status/100 == 4:
+		p.failed = &cache.Error{Class: cache.ClassAuth, Err: fmt.Errorf("asking the controller for a token for %s: %w", repository, err)}
+	default:
+		t.c.Log.Warn("the controller gives no token for a registry; this node's own credentials must do", "repository", repository, "error", err)
+		p.until = t.c.Now().Add(tokenPause)
 	}
 }
