@@ -19,8 +19,9 @@ import (
 
 // The exit statuses besides 0.
 const (
-	exitFailed = 1
-	exitUsage  = 2 // the command line itself is wrong
+	exitFailed      = 1
+	exitUsage       = 2   // the command line itself is wrong
+	exitInterrupted = 130 // by Ctrl-C, as shells have it: 128 and the signal's number
 )
 
 // usageError is a mistake on the command line.
@@ -85,6 +86,9 @@ func group(cmd *cobra.Command, args []string) error {
 func exitStatus(err error) int {
 	if u := (*usageError)(nil); errors.As(err, &u) {
 		return exitUsage
+	}
+	if i := (*interruptedError)(nil); errors.As(err, &i) {
+		return exitInterrupted
 	}
 	return exitFailed
 }

@@ -48,7 +48,7 @@ Lists ask the controller on this host, whose data directory they find by the con
 elsewhere, set ` + "`PADDOCK_URL`" + `, ` + "`PADDOCK_TOKEN`" + ` and, if its certificate is self-made, ` + "`PADDOCK_CERTIFICATE`" + `
 (the hash that it logs at its start).
 
-Exit status: 0 done, 1 it failed, 2 the command line is wrong. An error is one line, with a hint.
+Exit status: 0 done, 1 it failed, 2 the command line is wrong, 130 interrupted. An error is one line, with a hint.
 `)
 	describe(&b, root)
 	compare(t, "../../docs/cli.md", b.String())

@@ -4,13 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 
 	"github.com/paddock-ci/paddock/cmd/internal/config"
 	"github.com/paddock-ci/paddock/vm"
@@ -21,8 +19,11 @@ import (
 const onMacs = "run it on an Apple Silicon Mac, with a program built there: make build sign"
 
 func imageCommand(g *globals) *cobra.Command {
-	cmd := &cobra.Command{Use: "image", Short: "Images of machines, as directories"}
-	cmd.AddCommand(imageCreateCommand(g, vz.Install))
+	cmd := &cobra.Command{Use: "image", Short: "Images of machines on this host"}
+	cmd.AddCommand(
+		imagePullCommand(g), imageListCommand(g), imageInspectCommand(g), imageVerifyCommand(g), imageRemoveCommand(g),
+		imagePushCommand(g), imageImportCommand(g), imageCreateCommand(g, vz.Install),
+	)
 	return cmd
 }
 
@@ -77,9 +78,10 @@ from a registry has that behind it, and an account that lets Paddock in.`,
 // createImage shows how an installation goes, on standard error, and what it made.
 func createImage(ctx context.Context, cmd *cobra.Command, g *globals, install func(context.Context, vz.InstallConfig) error, c vz.InstallConfig) error {
 	start := time.Now()
-	bar := newProgress(cmd.ErrOrStderr(), start)
+	bar := newProgress(cmd.ErrOrStderr(), cmd.OutOrStdout(), filepath.Base(c.Dir), false, false)
 	if g.output != "json" {
-		c.Progress = bar.tell
+		const whole = 1000 // the installer tells of parts of one
+		c.Progress = func(done float64) { bar.tell(int64(done*whole), whole) }
 	}
 	err := install(ctx, c)
 	bar.end()
@@ -107,49 +109,4 @@ func createImage(ctx context.Context, cmd *cobra.Command, g *globals, install fu
 	_, err = fmt.Fprintf(cmd.OutOrStdout(), "%s: a disk of %s, %s, %s of memory, made in %s\n",
 		c.Dir, size(info.Size()), count(made.CPUCount, "core"), size(made.MemorySize), short(time.Since(start)))
 	return err
-}
-
-// progress shows how much of something is done: a bar on a terminal, else a line for
-// every tenth part, for a log.
-type progress struct {
-	w        io.Writer
-	terminal bool
-	start    time.Time
-	shown    int // tenths or, on a terminal, thousandths; -1: nothing yet
-}
-
-func newProgress(w io.Writer, start time.Time) *progress {
-	f, ok := w.(*os.File)
-	return &progress{w: w, terminal: ok && term.IsTerminal(int(f.Fd())), start: start, shown: -1}
-}
-
-// tell is called with the part that is done, 0 to 1.
-func (p *progress) tell(done float64) {
-	steps := 10
-	if p.terminal {
-		steps = 1000
-	}
-	now := int(done * float64(steps))
-	if now <= p.shown {
-		return
-	}
-	p.shown = now
-	left := ""
-	if spent := time.Since(p.start); done > 0.01 && done < 1 { // before, it is a guess
-		left = ", about " + short(time.Duration(float64(spent)/done*(1-done))) + " left"
-	}
-	if !p.terminal {
-		fmt.Fprintf(p.w, "%d%%%s\n", int(done*100), left)
-		return
-	}
-	const width = 40 // of the bar
-	bar := fmt.Sprintf("%-*s", width, fmt.Sprintf("%.*s", int(done*width), "########################################"))
-	fmt.Fprintf(p.w, "\r[%s] %3d%%%s\x1b[K", bar, int(done*100), left) // and nothing of a longer line before
-}
-
-// end leaves the terminal's line.
-func (p *progress) end() {
-	if p.terminal && p.shown >= 0 {
-		fmt.Fprintln(p.w)
-	}
 }

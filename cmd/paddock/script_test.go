@@ -33,6 +33,9 @@ var update = flag.Bool("update", false, "write what was found as what is wanted"
 //	plain ARGS…                   runs paddock ARGS, and writes the output to the file plain
 //	                              with everything that differs from run to run replaced
 //	status N ARGS…                runs paddock ARGS, which must end with that status
+//	registry NAME:TAG=PATTERN…    a registry on loopback, $REGISTRY, with these images
+//	spoil FILE OFFSET             changes one byte of a file
+//	capture VAR FIELD             sets VAR to a field of the last output's last object
 func TestScripts(t *testing.T) {
 	files, err := filepath.Glob("testdata/script/*.txtar")
 	if err != nil || len(files) == 0 {
@@ -50,6 +53,7 @@ func TestScripts(t *testing.T) {
 				},
 				Cmds: map[string]func(*testscript.TestScript, bool, []string){
 					"town": s.open, "join": s.join, "queue": s.queue, "until": s.until, "plain": s.plain, "status": s.status,
+					"registry": s.registry, "spoil": s.spoil, "capture": s.capture,
 				},
 			})
 		})
