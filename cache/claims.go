@@ -40,6 +40,9 @@ const (
 	// movingTime is how long after its last byte a piece still counts as being fetched:
 	// as long as a registry may stall.
 	movingTime = 30 * time.Second
+	// insistAfter is how long a piece waits for others before their word that they have
+	// it is doubted: nobody whom the site names has it.
+	insistAfter = 15 * time.Second
 )
 
 // claims is what a pull knows of its site. It is guarded by supplies.mu, but for wake.

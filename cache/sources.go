@@ -36,6 +36,7 @@ type waiter struct {
 	wish   wish
 	told   wish // what of it was offered to the site
 	denied bool // it was not granted when it was last offered
+	since  time.Time
 	got    chan chosen
 }
 
@@ -117,7 +118,7 @@ func (f *fetch) choose(ctx context.Context, w Want, tried map[string]error) (*su
 // pull's own, so that nodes which pull together fetch different pieces.
 func (p *supplies) wait(f *fetch, w Want, tried map[string]error) *waiter {
 	n, _ := p.image.Piece(w.Chunk.Content)
-	x := &waiter{fetch: f, want: w, piece: n, rank: uint64(n), tried: tried, got: make(chan chosen, 1)}
+	x := &waiter{fetch: f, want: w, piece: n, rank: uint64(n), tried: tried, since: time.Now(), got: make(chan chosen, 1)}
 	if p.claims != nil {
 		x.rank = p.claims.rank(n)
 	}
@@ -213,7 +214,8 @@ func (p *supplies) pick(x *waiter) (Source, int64, error) {
 		return best.source, best.wire, nil
 	}
 	x.wish = wishWant
-	if p.claims.nearby(x) && (best.source == nil || !best.awake || !near) {
+	failed := p.claims.nearby(x) && (best.source == nil || !best.awake || !near)
+	if failed || best.source == nil && time.Since(x.since) > insistAfter {
 		x.wish = wishInsist
 	}
 	return nil, 0, nil
