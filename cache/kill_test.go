@@ -2,11 +2,19 @@ package cache_test
 
 import (
 	"errors"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
 	"testing"
+	"time"
 
+	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/cache/registrytest"
 	"github.com/paddock-ci/paddock/fleet"
 )
@@ -96,5 +104,125 @@ func TestKilled(t *testing.T) {
 	// is for slack. What the killed process wrote in part left no zeros behind.
 	if have, most := allocated(t, filepath.Join(path, "disk.img")), int64(6*chunkSize*3/4+chunkSize/2); have > most {
 		t.Errorf("%d bytes on disk; want at most %d", have, most)
+	}
+}
+
+// asked is a registry's server that notes from which byte on blobs are asked for.
+type asked struct {
+	http.Handler
+	mu   sync.Mutex
+	from map[fleet.Digest][]int64 // in the order of the requests
+}
+
+func (a *asked) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if _, hex, ok := strings.Cut(r.URL.Path, "/blobs/sha256:"); ok {
+		from, _, _ := strings.Cut(strings.TrimPrefix(r.Header.Get("Range"), "bytes="), "-")
+		n, _ := strconv.ParseInt(from, 10, 64) // without a range: 0
+		a.mu.Lock()
+		a.from[fleet.Digest("sha256:"+hex)] = append(a.from[fleet.Digest("sha256:"+hex)], n)
+		a.mu.Unlock()
+	}
+	a.Handler.ServeHTTP(w, r)
+}
+
+// marks reads from a journal how far the chunks are: at which byte of their blobs, or -1 if
+// they are finished.
+func marks(t *testing.T, dir string, d fleet.Digest) map[fleet.Digest]int64 {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(dir, "partial", strings.TrimPrefix(string(d), "sha256:"), "journal"))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	at := make(map[fleet.Digest]int64)
+	for line := range strings.Lines(string(data)) {
+		words := strings.Fields(line)
+		switch {
+		case !strings.HasSuffix(line, "\n"):
+		case len(words) == 3 && words[1] == "chunk":
+			at[fleet.Digest(words[2])] = -1
+		case len(words) == 9 && words[1] == "mark" && words[2] == "chunk":
+			if at[fleet.Digest(words[3])], err = strconv.ParseInt(words[5], 10, 64); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return at
+}
+
+// A pull of six chunks of 24 MiB by two streams is killed (-9) five times, at random
+// moments. Each next process asks for each blob from the byte on that the journal has, so
+// that nothing is hashed again, and for nothing that is finished. In all, a kill costs at
+// most 16 MiB for each connection: what was read and not in the journal, and what was in
+// the sockets.
+func TestKilledAgainAndAgain(t *testing.T) {
+	const streams, kills, lost = 2, 5, 16 << 20
+	if dir := os.Getenv(childDir); dir != "" {
+		hold := fleet.Hold{Ref: os.Getenv(childRef), Digest: fleet.Digest(os.Getenv(childDigest))}
+		err := openStore(t, dir, streams).Pull(t.Context(), hold)
+		t.Fatalf("the pull that was to be killed ended: %v", err)
+	}
+	w := newWorld(t)
+	if err := w.store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	hold, disk, m := w.pushSized(t, "base", "abcdef", 24<<20)
+	w.reg.Limit(100 << 20) // so that there are moments
+	var store *cache.Store
+	for round := range kills + 1 {
+		// A server for each process, so that no late request of the former one is counted.
+		log := &asked{Handler: w.reg, from: make(map[fleet.Digest][]int64)}
+		server := httptest.NewServer(log)
+		defer server.Close()
+		hold.Ref = strings.TrimPrefix(server.URL, "http://") + "/test/base:v1"
+		before := marks(t, w.dir, hold.Digest)
+		if round < kills {
+			w.killAfter(t, hold, 5<<20+rand.Int64N(15<<20))
+		} else {
+			store = openStore(t, w.dir, streams)
+			if err := store.Pull(t.Context(), hold); err != nil {
+				t.Fatal(err)
+			}
+		}
+		log.mu.Lock()
+		for _, c := range m.Chunks {
+			at, from := before[c.Content], log.from[c.Blob]
+			if at < 0 && len(from) > 0 || at >= 0 && len(from) > 0 && from[0] != at {
+				t.Errorf("round %d: layer %d was asked for from %v on; the journal was at %d", round, c.Layer, from, at)
+			}
+		}
+		log.mu.Unlock()
+	}
+	checkDisk(t, store, hold.Digest, disk)
+	_, sent := w.reg.Counts().Total()
+	image := m.Bytes() + m.Config.Size + m.NVRAM.Size + int64(len(m.Raw))
+	if sent > image+kills*streams*lost {
+		t.Errorf("%d bytes were sent for an image of %d; want at most %d more", sent, image, kills*streams*lost)
+	}
+	t.Logf("%d bytes were sent for an image of %d: %.1f MiB for each connection killed", sent, image, float64(sent-image)/kills/streams/(1<<20))
+}
+
+// killAfter pulls in another process, and kills it when so many bytes have been sent.
+func (w *world) killAfter(t *testing.T, hold fleet.Hold, bytes int64) {
+	t.Helper()
+	_, before := w.reg.Counts().Total()
+	victim := child(t, t.Name(), childDir+"="+w.dir, childRef+"="+hold.Ref, childDigest+"="+string(hold.Digest))
+	var said strings.Builder
+	victim.Stdout = &said
+	if err := victim.Start(); err != nil {
+		t.Fatal(err)
+	}
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(time.Minute); ; <-tick.C {
+		if _, now := w.reg.Counts().Total(); now-before >= bytes || time.Now().After(deadline) {
+			break
+		}
+	}
+	if err := victim.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	var exit *exec.ExitError
+	if err := victim.Wait(); !errors.As(err, &exit) || exit.Exited() {
+		t.Fatalf("the victim ended by itself: %v\n%s", err, said.String())
 	}
 }
