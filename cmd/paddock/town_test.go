@@ -53,7 +53,7 @@ func TestMain(m *testing.M) {
 // town is a fleet of real processes: a controller and agents of this program, a real
 // redis-server, and beside them the simulated GitHub and a registry in the test.
 type town struct {
-	t        *testing.T
+	t        testing.TB
 	dir      string
 	self     string
 	config   string
@@ -70,6 +70,12 @@ func openTown(t *testing.T, slots int, names ...string) *town {
 	t.Helper()
 	// Stories wait for real deadlines most of their time, and share nothing.
 	t.Parallel()
+	return newTown(t, fmt.Sprintf("slots: %d", slots), "", names...)
+}
+
+// newTown is openTown with a node's configuration, and with pools beside the first.
+func newTown(t testing.TB, node, pools string, names ...string) *town {
+	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -88,7 +94,7 @@ func openTown(t *testing.T, slots int, names ...string) *town {
 	tw.openGitHub()
 	var redisURL string
 	redisURL, tw.redis = storetest.StartRedis(t)
-	tw.configure(redisURL, slots)
+	tw.configure(redisURL, node, pools)
 	tw.control = tw.start("controller", "controller")
 	tw.waitReady()
 	for _, name := range names {
@@ -121,7 +127,7 @@ func (tw *town) serve(h http.Handler) string {
 }
 
 // configure writes the configuration file, as an operator would.
-func (tw *town) configure(redisURL string, slots int) {
+func (tw *town) configure(redisURL, node, pools string) {
 	t := tw.t
 	githubURL := tw.serve(tw.github)
 	registryHost := strings.TrimPrefix(tw.serve(tw.registry), "http://")
@@ -154,8 +160,10 @@ pools:
     image: %[6]s/acme/mac:1
     growth: 1MiB
     runner: [%[7]s, runner]
-node: {slots: %[8]d}
-`, address, tw.dir, redisURL, tw.github.AppID(), githubURL, registryHost, tw.self, slots),
+%[8]s
+images: {resolve_every: 1s}
+node: {%[9]s}
+`, address, tw.dir, redisURL, tw.github.AppID(), githubURL, registryHost, tw.self, strings.ReplaceAll(pools, "REGISTRY", registryHost), node),
 	}
 	for name, content := range files {
 		if err := os.WriteFile(filepath.Join(tw.dir, name), []byte(content), 0o600); err != nil {
