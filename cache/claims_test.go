@@ -197,7 +197,7 @@ func TestSiteFetchesOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const nodes, line = 8, 250e3
 		shelf := newShelf()
-		h, m := shelf.put(t, alphabet(64))
+		h, m := shelf.put(t, alphabet(0, 64))
 		registry := newWell("registry", KindRegistry, shelf, line)
 		v := newVillage(nodes)
 		var pulls sync.WaitGroup
@@ -355,7 +355,7 @@ func TestSilentSite(t *testing.T) {
 func TestSiteComesBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		shelf := newShelf()
-		h, m := shelf.put(t, alphabet(40))
+		h, m := shelf.put(t, alphabet(0, 40))
 		v := newVillage(4)
 		s := v.settle(t, "mac", Config{Streams: 2}, newWell("registry", KindRegistry, shelf, 100e3))
 		go func() {

@@ -149,11 +149,11 @@ func openWells(t *testing.T, cfg Config, wells ...*well) *Store {
 	return store
 }
 
-// alphabet is an image of n chunks that all differ.
-func alphabet(n int) string {
+// alphabet is an image of n chunks that all differ; another script has others.
+func alphabet(script, n int) string {
 	var letters []rune
 	for i := range n {
-		letters = append(letters, rune(0x100+i))
+		letters = append(letters, rune(0x100*(script+1)+i))
 	}
 	return string(letters)
 }
@@ -192,7 +192,7 @@ func TestNearerSourceWins(t *testing.T) {
 func TestQueueingShiftsWork(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		shelf := newShelf()
-		h, m := shelf.put(t, alphabet(64))
+		h, m := shelf.put(t, alphabet(0, 64))
 		var all int64
 		for _, c := range m.Distinct() {
 			all += c.BlobSize
@@ -219,7 +219,7 @@ func TestDeadSourceCostsItsStallOnce(t *testing.T) {
 		dead, well := newWell("mirror", KindMirror, shelf, 60e6), newWell("registry", KindRegistry, shelf, 25e6)
 		dead.stall = stall
 		s := openWells(t, Config{Streams: 4}, dead, well)
-		first, _ := shelf.put(t, alphabet(40))
+		first, _ := shelf.put(t, alphabet(0, 40))
 		if took := pullTook(t, s, first); took < stall || took > stall+2*time.Second {
 			t.Errorf("the first pull took %s; want one stall of %s", took, stall)
 		}
@@ -237,7 +237,7 @@ func TestDeadSourceCostsItsStallOnce(t *testing.T) {
 		dead.set(func() { dead.stall = 0 })
 		time.Sleep(restMost)
 		before := well.count()
-		fourth, _ := shelf.put(t, alphabet(50)[20:])
+		fourth, _ := shelf.put(t, alphabet(1, 30))
 		if pullTook(t, s, fourth); dead.count() == tried+1 || well.count()-before > dead.count()-tried {
 			t.Errorf("a source that is well again gave %d pieces, the other %d", dead.count()-tried-1, well.count()-before)
 		}
