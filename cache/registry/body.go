@@ -128,11 +128,14 @@ func (d *download) read(ctx context.Context, p []byte) (int, error) {
 // replace goes on by another request after the current one ended as err says.
 func (d *download) replace(ctx context.Context, err error) error {
 	d.drop()
-	if errors.Is(err, io.EOF) && d.at == d.until {
-		return d.connect(ctx) // all of the part that the registry wanted to send at once
-	}
-	if errors.Is(err, io.EOF) {
+	switch {
+	case !errors.Is(err, io.EOF):
+	case d.at < d.until || d.until < 0:
 		err = errCut
+	case d.gained >= d.client.progress():
+		return d.connect(ctx) // all of the part that the registry wanted to send at once
+	default:
+		err = fmt.Errorf("the registry sends %d bytes at a time", d.gained)
 	}
 	if err := d.again(ctx, d.network(fmt.Errorf("after %d of %d bytes: %w", d.at, d.size, err)), 0); err != nil {
 		return err

@@ -4,7 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/url"
+	"regexp"
 	"strings"
 
 	"github.com/google/go-containerregistry/pkg/name"
@@ -45,14 +45,14 @@ func classify(repository name.Repository, path string, err error) error {
 	return &cache.Error{Class: cache.ClassFormat, Err: fmt.Errorf("%s: %w", what, err)}
 }
 
+// query finds the queries of URLs: links to storage are signed there, and whoever has
+// the link has the blob.
+var query = regexp.MustCompile(`(https?://[^\s"?]*)\?[^\s"]*`)
+
 // discreet takes from an error's text what must not be in logs: the queries of signed
 // links, and answers of token servers. It bounds the text.
 func discreet(err error) error {
-	text := err.Error()
-	var request *url.Error
-	if errors.As(err, &request) {
-		text = strings.ReplaceAll(text, request.URL, withoutQuery(request.URL))
-	}
+	text := query.ReplaceAllString(err.Error(), "$1")
 	if before, _, found := strings.Cut(text, "no token in bearer response"); found {
 		text = before + "the token server's answer holds no token"
 	}

@@ -148,11 +148,14 @@ func whole(t *testing.T, client *registry.Client, ref string, d fleet.Digest) re
 		if err := errors.Join(err, body.Close()); err != nil {
 			t.Fatal(err)
 		}
-		p.Blobs = append(p.Blobs, registry.Blob{Blob: desc.Blob(), Open: func() (io.ReadCloser, error) {
-			return io.NopCloser(bytes.NewReader(data)), nil
-		}})
+		p.Blobs = append(p.Blobs, registry.Blob{Blob: desc.Blob(), Open: opener(data)})
 	}
 	return p
+}
+
+// opener opens bytes.
+func opener(data []byte) func() (io.ReadCloser, error) {
+	return func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data)), nil }
 }
 
 // A push goes on through what registries do, tells how far it is, and does not send again
@@ -210,9 +213,6 @@ func TestPushRefusals(t *testing.T) {
 	}
 	without := good
 	without.Blobs = good.Blobs[1:]
-	reads := func(data []byte) func() (io.ReadCloser, error) {
-		return func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data)), nil }
-	}
 	tests := []struct {
 		name  string
 		p     registry.PushRequest
@@ -223,8 +223,8 @@ func TestPushRefusals(t *testing.T) {
 		{"a blob is missing", without, "/a/b:c", cache.ClassNotFound, "name the image's parent"},
 		{"not at the parent either", func() registry.PushRequest { p := without; p.Parent = "PARENT"; return p }(), "/a/b:c", cache.ClassNotFound, "name the image's parent"},
 		{"cannot be opened", replaced(func() (io.ReadCloser, error) { return nil, broken }), "/a/b:c", cache.ClassNetwork, "the disk broke"},
-		{"is too long", replaced(reads(make([]byte, 1<<20))), "/a/b:c", cache.ClassDigest, "more than its"},
-		{"is not what it says", replaced(reads(make([]byte, good.Blobs[2].Size))), "/a/b:c", cache.ClassFormat, "DIGEST_INVALID"},
+		{"is too long", replaced(opener(make([]byte, 1<<20))), "/a/b:c", cache.ClassDigest, "more than its"},
+		{"is not what it says", replaced(opener(make([]byte, good.Blobs[2].Size))), "/a/b:c", cache.ClassFormat, "DIGEST_INVALID"},
 		{"no manifest", registry.PushRequest{Manifest: []byte("{}")}, "/a/b:c", cache.ClassFormat, ""},
 		{"no host", good, "", cache.ClassFormat, "names no registry host"},
 		{"another digest", good, "/a/b@sha256:" + strings.Repeat("ab", 32), cache.ClassFormat, string(d)},
@@ -278,7 +278,7 @@ func TestPushStalls(t *testing.T) {
 	data := make([]byte, 32<<20) // more than the buffers on the way
 	b := registry.Blob{
 		Blob: image.Blob{Digest: image.DigestOf(data), Size: int64(len(data)), MediaType: "x/y"},
-		Open: func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(data)), nil },
+		Open: opener(data),
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()

@@ -251,6 +251,61 @@ func TestRedirectWithoutCredentials(t *testing.T) {
 	}
 }
 
+// A body that has more bytes than the manifest says, and does not say so, ends in an
+// error behind the last byte that is wanted.
+func TestTooManyBytes(t *testing.T) {
+	reg, host := serve(t)
+	d := push(t, reg, "fleet/base")
+	client := newClient(t, nil)
+	ref := host + "/fleet/base:v1"
+	b := blobOf(t, client, ref, d)
+	reg.Break(b.Digest, registrytest.Fault{Kind: registrytest.Overlong, At: 10, Whole: true, Unsized: true})
+	body, err := client.Open(t.Context(), wantOf(ref, b), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = body.Close() }()
+	data, err := io.ReadAll(body)
+	if cache.ClassOf(err) != cache.ClassDigest || err == nil || !strings.Contains(err.Error(), "sends more than") || int64(len(data)) > b.Size {
+		t.Errorf("%d bytes, %v; want class digest", len(data), err)
+	}
+}
+
+// From each byte on, a blob comes as it is, and so do blobs that are cut in parts.
+func TestOpenFrom(t *testing.T) {
+	reg, host := serve(t)
+	d := push(t, reg, "fleet/base")
+	client := newClient(t, nil)
+	ref := host + "/fleet/base:v1"
+	b := blobOf(t, client, ref, d)
+	read := func(w cache.Want, from int64) []byte {
+		body, err := client.Open(t.Context(), w, from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = body.Close() }()
+		data, err := io.ReadAll(body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	all := read(wantOf(ref, b), 0)
+	reg.Reset()
+	for _, from := range []int64{1, b.Size / 2, b.Size - 1, b.Size} {
+		if got := read(wantOf(ref, b), from); string(got) != string(all[from:]) {
+			t.Errorf("from %d: %d bytes; want %d", from, len(got), b.Size-from)
+		}
+	}
+	if got, want := reg.Counts().Bytes[b.Digest], b.Size-1+b.Size-b.Size/2+1; got != want {
+		t.Errorf("%d bytes were sent; want %d", got, want)
+	}
+	parts := cache.Want{Ref: ref, Chunk: image.Chunk{Parts: []image.Blob{b, b}, BlobSize: 2 * b.Size}}
+	if got := read(parts, b.Size-3); string(got) != string(all[b.Size-3:])+string(all) {
+		t.Errorf("of two parts: %d bytes; want %d", len(got), b.Size+3)
+	}
+}
+
 // A connection on which no byte moves is given up, and the blob goes on on the next; one
 // that is slow is not.
 func TestStall(t *testing.T) {

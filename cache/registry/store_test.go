@@ -60,7 +60,6 @@ var misbehaviours = []misbehaviour{
 	{name: "too short", faults: []registrytest.Fault{{Kind: registrytest.Truncate, At: at}}, class: cache.ClassDigest, text: "wrong layer", requests: -1, again: -1},
 	{name: "too short, without saying so", faults: []registrytest.Fault{{Kind: registrytest.Truncate, At: at, Whole: true, Unsized: true}}, class: cache.ClassNetwork, text: fmt.Sprint("after ", at), requests: -1, again: -1},
 	{name: "too long", faults: []registrytest.Fault{{Kind: registrytest.Overlong, At: 10, Whole: true}}, class: cache.ClassDigest, text: "wrong layer", requests: -1, again: -1},
-	{name: "too long, without saying so", faults: []registrytest.Fault{{Kind: registrytest.Overlong, At: 10, Whole: true, Unsized: true}}, class: cache.ClassDigest, text: "sends more than", requests: -1, again: -1},
 	{name: "silence in the middle", faults: []registrytest.Fault{{Kind: registrytest.Hang, At: at, Times: 1}}, requests: 2},
 	{name: "a trickle", faults: []registrytest.Fault{{Kind: registrytest.Slow, Rate: 40, Times: 1}}, requests: 2, again: -1},
 	{name: "nothing but a trickle", faults: []registrytest.Fault{{Kind: registrytest.Slow, Rate: 40}}, class: cache.ClassNetwork, text: "less than 1024 bytes per second", requests: 3, again: -1},
