@@ -28,6 +28,7 @@ func (r *Registry) serve(w http.ResponseWriter, req *http.Request, d fleet.Diges
 		size = f.At
 	case Overlong:
 		size += f.At
+	default:
 	}
 	start, end, ranged := byteRange(req.Header.Get("Range"), size)
 	switch {
