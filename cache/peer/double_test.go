@@ -25,7 +25,7 @@ import (
 // sockets of a connection hold.
 const (
 	chunkSize = 1 << 20
-	hugeChunk = 32 << 20
+	hugeChunk = 16 << 20
 )
 
 // home is the fleet.

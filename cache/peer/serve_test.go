@@ -227,10 +227,10 @@ func TestWrongCertificate(t *testing.T) {
 
 // An image that is being served stays until the transfer ends.
 func TestServedImageStays(t *testing.T) {
-	h := newHomeOf(t, "ab", hugeChunk)
+	h := newHomeOf(t, "a", hugeChunk)
 	two := h.full(t, "mac-2", plain)
 	one := h.newStation(t, "mac-1", cache.Config{}, nil)
-	r, err := h.source(t, one, two).Open(t.Context(), h.want(h.manifest.Chunks[1]), 0)
+	r, err := h.source(t, one, two).Open(t.Context(), h.want(h.manifest.Chunks[0]), 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -242,7 +242,7 @@ func TestServedImageStays(t *testing.T) {
 	}
 	_ = r.Close()
 	eventually(t, "the image goes", func() bool { return two.store.Evict(h.manifest.Digest) == nil })
-	if _, err := read(t.Context(), h.source(t, one, two), h.want(h.manifest.Chunks[1]), 0); cache.ClassOf(err) != cache.ClassNotFound {
+	if _, err := read(t.Context(), h.source(t, one, two), h.want(h.manifest.Chunks[0]), 0); cache.ClassOf(err) != cache.ClassNotFound {
 		t.Errorf("after it went: %v", err)
 	}
 }
