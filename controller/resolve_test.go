@@ -2,6 +2,8 @@ package controller
 
 import (
 	"context"
+	"errors"
+	"strings"
 	"testing"
 	"time"
 
@@ -40,5 +42,32 @@ func TestSilentRegistry(t *testing.T) {
 	cancel()
 	if err := <-ended; err == nil {
 		t.Error("a silent registry is no error")
+	}
+}
+
+// An image outside the allow-list is refused by Resolve before any request: nothing is
+// published or pulled for its pool, a job of the pool is told why, and the other pools go
+// on.
+func TestRefusedRegistry(t *testing.T) {
+	w := newWorld(t)
+	other := w.c.c.Pools[0]
+	other.Name, other.Image = "elsewhere", "evil.example/acme/sequoia:1"
+	w.c.c.Pools = []fleet.Pool{other, w.c.c.Pools[0]}
+	w.c.c.Resolve = func(_ context.Context, ref string) (fleet.Image, error) {
+		if ref == other.Image {
+			return fleet.Image{}, errors.New(ref + " is not in an allowed registry: images.registries lists registry.example")
+		}
+		return fleet.Image{Ref: ref, Digest: testImage}, nil
+	}
+	w.pass(0)
+	err := w.c.resolveDue(t.Context(), map[string]time.Time{})
+	if err == nil || !strings.Contains(err.Error(), "pool elsewhere") || !strings.Contains(err.Error(), "images.registries") {
+		t.Errorf("%v", err)
+	}
+	if why := w.c.whyUnresolved(other.Image); !strings.Contains(why, "images.registries lists registry.example") {
+		t.Errorf("explain says %q", why)
+	}
+	if v := w.view(); v.Images[other.Image] != nil || v.Images[testRef] == nil {
+		t.Errorf("resolved: %v", v.Images)
 	}
 }

@@ -46,6 +46,9 @@ func (c *Controller) sweep(ctx context.Context, p *pass) error {
 		return nil
 	}
 	c.sweptAt = p.now
+	if _, err := c.c.Store.SweepChunks(ctx, store.UsualChunks); err != nil {
+		return err
+	}
 	_, err := c.c.Store.SweepTombstones(ctx, p.term, p.now.Add(-tombstoneKept))
 	return err
 }

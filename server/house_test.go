@@ -66,21 +66,22 @@ func (s *syncBuffer) String() string {
 	return s.b.String()
 }
 
-func newHouse(t testing.TB) *house {
+func newHouse(t testing.TB, changes ...func(*Config)) *house {
 	t.Helper()
 	s, err := store.OpenEmbedded(t.Context(), store.EmbeddedConfig{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return newHouseOn(t, s)
+	return newHouseOn(t, s, changes...)
 }
 
-// newHouseOn is a house on a store of the caller's, which it runs and closes.
-func newHouseOn(t testing.TB, s *store.Store) *house {
+// newHouseOn is a house on a store of the caller's, which it runs and closes, with
+// something else in the server's configuration.
+func newHouseOn(t testing.TB, s *store.Store, changes ...func(*Config)) *house {
 	t.Helper()
 	h := &house{t: t, store: s, key: access.NewKey(), log: &syncBuffer{}, now: time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)}
 	h.runStore()
-	h.server = h.serve()
+	h.server = h.serve(changes...)
 	h.http = httptest.NewServer(h.server.Handler())
 	t.Cleanup(h.http.Close)
 	return h
@@ -105,9 +106,9 @@ func (h *house) runStore() {
 	}
 }
 
-func (h *house) serve() *Server {
+func (h *house) serve(changes ...func(*Config)) *Server {
 	h.t.Helper()
-	s, err := New(Config{
+	c := Config{
 		Store: h.store, Key: h.key, Fleet: "f", SelfURL: "https://paddock.example", Certificate: "abcd",
 		Pools: func() []fleet.Pool { return []fleet.Pool{pool} },
 		Explain: func(_ context.Context, id fleet.JobID) (placement.Explanation, error) {
@@ -117,7 +118,11 @@ func (h *house) serve() *Server {
 			return []placement.NodeEvictions{{Node: node, Want: free}}, nil
 		},
 		Log: slog.New(slog.NewJSONHandler(h.log, nil)), Now: h.clock,
-	})
+	}
+	for _, change := range changes {
+		change(&c)
+	}
+	s, err := New(c)
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -235,6 +240,8 @@ type mac struct {
 	have       string
 	vms        []api.VMReport
 	images     []fleet.NodeImage
+	site       string
+	peer       fleet.NodePeer
 }
 
 func (h *house) mac(id fleet.NodeID) *mac {
@@ -245,7 +252,7 @@ func (m *mac) request(wait time.Duration) api.SyncRequest {
 	m.sequence++
 	return api.SyncRequest{
 		Protocol: api.Protocol, Session: m.session, Sequence: m.sequence, Have: m.have, Wait: wait, VMs: m.vms,
-		Node: fleet.Node{ID: m.id, Arch: "arm64", OS: "darwin", Driver: "process", Version: "test", Slots: 2, Images: m.images},
+		Node: fleet.Node{ID: m.id, Arch: "arm64", OS: "darwin", Driver: "process", Version: "test", Slots: 2, Images: m.images, Site: m.site, Peer: m.peer},
 	}
 }
 

@@ -81,6 +81,12 @@ func TestParking(t *testing.T) {
 // waitParked waits until a sync is parked.
 func (h *house) waitParked(t *testing.T) {
 	t.Helper()
+	h.waitParkedN(t, 1)
+}
+
+// waitParkedN waits until so many are parked.
+func (h *house) waitParkedN(t *testing.T, n float64) {
+	t.Helper()
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -89,7 +95,7 @@ func (h *house) waitParked(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, f := range families {
-			if f.GetName() == "paddock_syncs_parked" && f.GetMetric()[0].GetGauge().GetValue() > 0 {
+			if f.GetName() == "paddock_syncs_parked" && f.GetMetric()[0].GetGauge().GetValue() >= n {
 				return
 			}
 		}

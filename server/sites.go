@@ -95,14 +95,12 @@ func (s *Server) lookAtSites(ctx context.Context, now time.Time) (*sites, error)
 	for _, nodes := range fresh.ready {
 		slices.SortFunc(nodes, func(a, b *fleet.Node) int { return compareIDs(a.ID, b.ID) })
 	}
-	if s.c.Egress > 0 {
-		claimants, err := s.c.Store.Claimants(ctx)
-		if err != nil {
-			return nil, err
-		}
-		for _, id := range claimants {
-			fresh.outside[id] = true
-		}
+	claimants, err := s.c.Store.Claimants(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range claimants {
+		fresh.outside[id] = true
 	}
 	s.siteCache.keep(fresh)
 	s.metrics.outside.Set(float64(len(fresh.outside)))

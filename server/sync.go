@@ -42,10 +42,8 @@ func (s *Server) sync(ctx context.Context, c call, q api.SyncRequest) (api.SyncR
 	if err != nil {
 		return api.SyncReply{}, err
 	}
-	if s.c.Egress > 0 { // who shares the bandwidth is looked at now and then
-		if _, err := s.sites(ctx, c.now); err != nil {
-			return api.SyncReply{}, err
-		}
+	if _, err := s.sites(ctx, c.now); err != nil { // who shares the bandwidth, now and then
+		return api.SyncReply{}, err
 	}
 	reply, err := s.park(ctx, node, &q, view, changed, c.parked)
 	if err != nil {

@@ -225,35 +225,6 @@ func (s *Store) Claimants(ctx context.Context) ([]fleet.NodeID, error) {
 	return slices.Compact(nodes), nil
 }
 
-// ChunkTotals are numbers for people.
-type ChunkTotals struct {
-	Images  int64 // pairs of a site and an image of which something is kept
-	Pullers int64 // words of nodes on them that are kept
-}
-
-// CountChunks counts.
-func (s *Store) CountChunks(ctx context.Context) (ChunkTotals, error) {
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	swarms, err := s.rdb.ZRange(ctx, s.keys[keySwarms], 0, -1).Result()
-	totals := ChunkTotals{Images: int64(len(swarms))}
-	if err != nil || len(swarms) == 0 {
-		return totals, s.wrap(ctx, "count who pulls", err)
-	}
-	commands, err := s.rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
-		for _, swarm := range swarms {
-			p.ZCard(ctx, s.swarmKeys(swarm)[len(s.keys)])
-		}
-		return nil
-	})
-	for _, c := range commands {
-		if n, ok := c.(*redis.IntCmd); ok {
-			totals.Pullers += n.Val()
-		}
-	}
-	return totals, s.wrap(ctx, "count who pulls", err)
-}
-
 // SweepChunks deletes what is kept of images of which no node has said a word for as long
 // as a node that has left is remembered, and returns their number.
 func (s *Store) SweepChunks(ctx context.Context, l ChunkLimits) (int, error) {

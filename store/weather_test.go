@@ -75,7 +75,6 @@ func calls(s *store.Store) map[string]func(context.Context) error {
 			return s.DropChunks(ctx, "lab", chunkWord("").Image, []fleet.NodeID{"a"})
 		},
 		"Claimants":   func(ctx context.Context) error { _, err := s.Claimants(ctx); return err },
-		"CountChunks": func(ctx context.Context) error { _, err := s.CountChunks(ctx); return err },
 		"SweepChunks": func(ctx context.Context) error { _, err := s.SweepChunks(ctx, chunkLimits); return err },
 	}
 }
