@@ -84,7 +84,7 @@ func (f *fetch) disk(ctx context.Context) error {
 	notes := make([]note, len(whole))
 	for i, c := range whole {
 		notes[i] = note{item: itemOf(c)}
-		f.reused(c.BlobSize)
+		f.reused(c)
 	}
 	return diskError(f.partial.journal.add(notes))
 }
@@ -239,7 +239,7 @@ func (f *fetch) one(ctx context.Context, c image.Chunk, file *os.File, offsets [
 	done := false
 	if _, begun := f.partial.journal.mark(itemOf(c)); !begun { // else its bytes must stay
 		var err error
-		if done, err = f.local(ctx, c, offsets); err != nil {
+		if done, err = f.local(ctx, c, file, offsets); err != nil {
 			return err
 		}
 	}

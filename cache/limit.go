@@ -6,6 +6,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/time/rate"
+
+	"github.com/paddock-ci/paddock/image"
 )
 
 // reusedName is what Moved calls the bytes that no source had to give.
@@ -103,11 +105,13 @@ func (s *Store) Moved() map[string]int64 {
 	return maps.Clone(s.tracks.moved)
 }
 
-// reused counts a chunk that was here already, and as progress of the pull.
-func (f *fetch) reused(bytes int64) {
-	f.entry.done.Add(bytes)
+// reused counts a piece that was here already, and a chunk as progress of the pull.
+func (f *fetch) reused(c image.Chunk) {
+	if c.Index >= 0 {
+		f.entry.done.Add(c.BlobSize)
+	}
 	f.store.tracks.mu.Lock()
-	f.store.tracks.moved[reusedName] += bytes
+	f.store.tracks.moved[reusedName] += c.BlobSize
 	f.store.tracks.mu.Unlock()
 	f.store.stir()
 }

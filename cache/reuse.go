@@ -91,10 +91,11 @@ func (s *Store) studyAll() {
 	}
 }
 
-// local copies a chunk from a ready image, and verifies it; what it leaves if it is not
-// done reads as zeros. It counts the progress; the caller journals and tells has.
-func (f *fetch) local(ctx context.Context, c image.Chunk, offsets []int64) (done bool, err error) {
-	if c.Zero || c.Legacy() || c.Index < 0 {
+// local copies a piece from a ready image to its offsets in a file, and verifies it; what
+// it leaves if it is not done reads as zeros. It counts the progress; the caller journals
+// and tells has.
+func (f *fetch) local(ctx context.Context, c image.Chunk, file *os.File, offsets []int64) (done bool, err error) {
+	if c.Zero || c.Legacy() {
 		return false, nil
 	}
 	src, from, release, ok := f.cached(c.Content)
@@ -109,28 +110,32 @@ func (f *fetch) local(ctx context.Context, c image.Chunk, offsets []int64) (done
 	case <-ctx.Done():
 		return false, ctx.Err()
 	}
-	clean, shared := f.partial.fresh, 0
-	for _, offset := range offsets {
-		ok, err := reflinkRange(f.partial.disk, src, from.offset, offset, c.Size)
-		if err != nil {
-			return false, diskError(err)
-		}
-		if !ok {
-			break
-		}
-		shared++
+	shared, err := share(file, src, from.offset, offsets, c.Size)
+	if err != nil {
+		return false, diskError(err)
 	}
 	if shared < len(offsets) {
-		if shared > 0 || !clean {
-			clean = punch(f.partial.disk, offsets, c.Size)
+		out := &sparseWriter{file: file, offsets: offsets}
+		if c.Index >= 0 { // the others are small, and written as they are
+			out.clean = shared == 0 && f.partial.clean(file, offsets, c.Size) || punch(file, offsets, c.Size)
 		}
-		out := &sparseWriter{file: f.partial.disk, offsets: offsets, clean: clean}
 		if err := copyVerified(ctx, out, io.NewSectionReader(src, from.offset, from.size), c.Content); err != nil {
-			return false, f.suspect(src.Name(), c, offsets, err)
+			return false, f.suspect(src.Name(), c, file, offsets, err)
 		}
 	}
-	f.reused(c.BlobSize)
+	f.reused(c)
 	return true, nil
+}
+
+// share makes a file share another one's blocks at its offsets, and returns at how many it
+// could. Those are not hashed: they are the very blocks that were verified.
+func share(file, src *os.File, from int64, offsets []int64, size int64) (int, error) {
+	for i, offset := range offsets {
+		if ok, err := reflinkRange(file, src, from, offset, size); err != nil || !ok {
+			return i, err
+		}
+	}
+	return len(offsets), nil
 }
 
 // cached opens the file of a ready image that has some content.
@@ -191,12 +196,12 @@ func copyVerified(ctx context.Context, out io.Writer, in io.Reader, want fleet.D
 
 // suspect makes zeros of what was copied in vain. An image that turned out to be spoilt
 // fails no pull: the chunk is fetched.
-func (f *fetch) suspect(path string, c image.Chunk, offsets []int64, err error) error {
+func (f *fetch) suspect(path string, c image.Chunk, file *os.File, offsets []int64, err error) error {
 	if !errors.Is(err, errSuspect) {
 		return err
 	}
 	for _, offset := range offsets {
-		if err := blank(f.partial.disk, offset, c.Size); err != nil {
+		if err := blank(file, offset, c.Size); err != nil {
 			return diskError(err)
 		}
 	}
