@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"github.com/paddock-ci/paddock/fleet"
@@ -45,6 +46,9 @@ func (s *Store) Import(ctx context.Context, dir, ref string, progress func(done,
 		return "", fmt.Errorf("importing %s: %w", dir, err)
 	}
 	m, codec, err := image.Parse(raw, s.codecs)
+	if err == nil && slices.ContainsFunc(m.Chunks, func(c image.Chunk) bool { return c.Legacy() }) {
+		err = &Error{Class: ClassFormat, Err: ErrUnverifiable}
+	}
 	if err != nil {
 		return d, fmt.Errorf("importing %s: %w", dir, err)
 	}

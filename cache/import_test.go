@@ -3,6 +3,7 @@ package cache_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"os"
 	"path/filepath"
@@ -14,6 +15,7 @@ import (
 	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/image"
+	"github.com/paddock-ci/paddock/image/tart"
 )
 
 // imageFiles are those of an image that another tool keeps, too.
@@ -356,6 +358,48 @@ func TestImportRewrittenManifest(t *testing.T) {
 	checkDisk(t, store, hold.Digest, disk)
 	if asked := w.reg.Counts().Requests; len(asked) != 1 || asked[hold.Digest] != 1 {
 		t.Errorf("asked for %v; want the manifest alone", asked)
+	}
+}
+
+// What a legacy image's disk should be, its manifest does not say: it is not taken over
+// unseen, and one that was pulled cannot be verified later.
+func TestLegacyIsUnverifiable(t *testing.T) {
+	dir := t.TempDir()
+	layer := func(mediaType string) image.Descriptor {
+		return image.Descriptor{MediaType: mediaType, Digest: image.DigestOf([]byte(mediaType)), Size: int64(len(mediaType))}
+	}
+	raw, err := json.Marshal(image.Document{
+		SchemaVersion: 2, MediaType: image.MediaTypeManifest, Config: layer("application/vnd.oci.image.config.v1+json"),
+		Layers: []image.Descriptor{
+			layer(tart.MediaTypeConfig), layer("application/vnd.cirruslabs.tart.disk.v1"), layer("application/vnd.cirruslabs.tart.disk.v1"), layer(tart.MediaTypeNVRAM),
+		},
+		Annotations: map[string]string{"org.cirruslabs.tart.uncompressed-disk-size": "4096"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, data := range map[string][]byte{"manifest.json": raw, "disk.img": make([]byte, 4096), "nvram.bin": nil, "config.json": nil} {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	home := t.TempDir()
+	store := alone(t, home)
+	d, err := store.Import(t.Context(), dir, "ghcr.io/acme/old:1", nil)
+	if !errors.Is(err, cache.ErrUnverifiable) || cache.ClassOf(err) != cache.ClassFormat || len(store.List()) != 0 {
+		t.Fatalf("imported with %v: %+v", err, store.List())
+	}
+	at := filepath.Join(home, "images", strings.TrimPrefix(string(d), "sha256:"))
+	if err := os.CopyFS(at, os.DirFS(dir)); err != nil {
+		t.Fatal(err)
+	}
+	for name, mediaType := range map[string]string{"nvram.bin": tart.MediaTypeNVRAM, "config.json": tart.MediaTypeConfig} {
+		if err := os.WriteFile(filepath.Join(at, name), []byte(mediaType), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if flaws, err := look(t, home).Verify(t.Context(), d, nil); !errors.Is(err, cache.ErrUnverifiable) || len(flaws) != 0 {
+		t.Errorf("verified with %v, %v", flaws, err)
 	}
 }
 

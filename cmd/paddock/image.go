@@ -72,6 +72,7 @@ from a registry has that behind it, and an account that lets Paddock in.`,
 	cmd.Flags().Var(&disk, "disk", "size of the image's disk, of which only what is written takes room (default 64GB)")
 	cmd.Flags().IntVar(&c.CPU, "cpu", 0, "cores of the image's machines (default 4, or what the system needs)")
 	cmd.Flags().Var(&memory, "memory", "memory of the image's machines (default 8GiB, or what the system needs)")
+	jsonFlag(cmd, g)
 	return cmd
 }
 

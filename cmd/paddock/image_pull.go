@@ -253,17 +253,21 @@ func (p *pull) run(ctx context.Context) (err error) {
 	if p.json() {
 		return writeLine(p.cmd, last)
 	}
-	_, err = fmt.Fprintf(p.cmd.OutOrStdout(), "%s is ready and verified (%s) after %s: %s\n%s\n", p.ref, d.Short(), short(time.Since(p.start)), last.origin(), last.Disk)
+	_, err = fmt.Fprintf(p.cmd.OutOrStdout(), "%s is ready and verified (%s) after %s: %s\n%s\n", p.ref, d.Short(), short(time.Since(p.start)), last.origin(p.ref.Host()), last.Disk)
 	return err
 }
 
 func (p *pull) seconds() float64 { return float64(time.Since(p.start).Milliseconds()) / 1000 }
 
-// origin says where the bytes came from.
-func (l pulled) origin() string {
+// origin says where the bytes came from; host is the registry.
+func (l pulled) origin(host string) string {
 	var parts []string
 	for _, source := range slices.Sorted(maps.Keys(l.Bytes)) {
-		if n := l.Bytes[source]; n > 0 {
+		n := l.Bytes[source]
+		if source == "registry" {
+			source = host
+		}
+		if n > 0 {
 			parts = append(parts, size(n)+" from "+source)
 		}
 	}

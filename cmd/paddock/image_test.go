@@ -18,7 +18,9 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/cache/registrytest"
+	"github.com/paddock-ci/paddock/fleet"
 )
 
 // imageChunk is the size of chunks in tests: small, and of several blocks.
@@ -40,6 +42,28 @@ func (s *session) registry(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Check(err)
 	}
 	ts.Setenv("REGISTRY", strings.TrimPrefix(server.URL, "http://"))
+}
+
+// agent has a store open, as a node's agent has, until "agent stop"; with an image and
+// holders it leases that to them.
+func (s *session) agent(ts *testscript.TestScript, neg bool, args []string) {
+	if args[0] == "stop" {
+		ts.Check(s.store.Close())
+		s.store = nil
+		return
+	}
+	store, err := cache.Open(cache.Config{Dir: ts.MkAbs(args[0])})
+	ts.Check(err)
+	s.store = store
+	s.t.Cleanup(func() {
+		if s.store != nil {
+			_ = s.store.Close()
+		}
+	})
+	for _, holder := range args[min(2, len(args)):] {
+		_, err := store.Lease(fleet.Digest(args[1]), holder)
+		ts.Check(err)
+	}
 }
 
 // spoil changes the byte at an offset of a file.

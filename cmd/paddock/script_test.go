@@ -15,6 +15,7 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/cmd/internal/parts"
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/github/githubtest"
@@ -35,6 +36,7 @@ var update = flag.Bool("update", false, "write what was found as what is wanted"
 //	status N ARGS…                runs paddock ARGS, which must end with that status
 //	registry NAME:TAG=PATTERN…    a registry on loopback, $REGISTRY, with these images
 //	spoil FILE OFFSET             changes one byte of a file
+//	agent STORE [DIGEST HOLDER…]  has a store open, and leases to the holders; agent stop
 //	capture VAR FIELD             sets VAR to a field of the last output's last object
 func TestScripts(t *testing.T) {
 	files, err := filepath.Glob("testdata/script/*.txtar")
@@ -53,7 +55,7 @@ func TestScripts(t *testing.T) {
 				},
 				Cmds: map[string]func(*testscript.TestScript, bool, []string){
 					"town": s.open, "join": s.join, "queue": s.queue, "until": s.until, "plain": s.plain, "status": s.status,
-					"registry": s.registry, "spoil": s.spoil, "capture": s.capture,
+					"registry": s.registry, "spoil": s.spoil, "capture": s.capture, "agent": s.agent,
 				},
 			})
 		})
@@ -62,9 +64,10 @@ func TestScripts(t *testing.T) {
 
 // session is one script with its town, if it opens one.
 type session struct {
-	t    *testing.T
-	work string // the script's directory
-	town *town
+	t     *testing.T
+	work  string // the script's directory
+	town  *town
+	store *cache.Store // that an agent has open; nil: none
 }
 
 func (s *session) open(ts *testscript.TestScript, neg bool, args []string) {
