@@ -182,7 +182,10 @@ func (p *piece) decode(ctx context.Context, w *wire, content hash.Hash, out io.W
 		return err
 	}
 	err = p.copy(ctx, decoder, blob, content, out)
-	if err == nil || ClassOf(err) != ClassFormat {
+	if err == nil {
+		return blob.whole()
+	}
+	if ClassOf(err) != ClassFormat {
 		return err
 	}
 	// Read to the end also what does not decode: if the digest of the blob is wrong, the
@@ -284,11 +287,12 @@ func (d *rawDecoder) Next() ([]byte, error) {
 func (d *rawDecoder) Mark() image.Mark { return image.Mark{In: d.at, Out: d.at} }
 
 // verifier holds the bytes of a blob, or of the blobs that it is cut over, to their
-// digests: a Write fails as soon as one is wrong.
+// digests: a Write fails as soon as one is wrong, and so do all after it.
 type verifier struct {
 	parts []image.Blob // the first one is under way
 	hash  hash.Hash    // of the first one
 	left  int64        // bytes of the first one
+	err   error
 }
 
 // newVerifier goes on where a mark was made; false: it is no mark of this blob.
@@ -314,29 +318,46 @@ func newVerifier(c image.Chunk, at mark) (*verifier, bool) {
 	return v, ok
 }
 
-// Write implements io.Writer.
+// Write implements io.Writer. It takes nothing of what it refuses: readers of a whole block
+// would overlook an error that comes with all the bytes they want.
 func (v *verifier) Write(b []byte) (int, error) {
-	total := len(b)
-	for len(b) > 0 {
+	for rest := b; len(rest) > 0 && v.err == nil; {
 		if len(v.parts) == 0 {
-			return total - len(b), spoiltf("bytes follow the blob's end")
-		}
-		n := min(int64(len(b)), v.left)
-		_, _ = v.hash.Write(b[:n]) // never fails
-		v.left -= n
-		b = b[n:]
-		if v.left > 0 {
+			v.err = spoiltf("bytes follow the blob's end")
 			break
 		}
-		if got := sum(v.hash); got != v.parts[0].Digest {
-			return total - len(b), spoiltf("the blob's digest is %s, want %s: wrong bytes came", got, v.parts[0].Digest)
-		}
-		v.hash.Reset()
-		if v.parts = v.parts[1:]; len(v.parts) > 0 {
-			v.left = v.parts[0].Size
+		n := min(int64(len(rest)), v.left)
+		_, _ = v.hash.Write(rest[:n]) // never fails
+		v.left -= n
+		rest = rest[n:]
+		if v.left == 0 {
+			v.err = v.next()
 		}
 	}
-	return total, nil
+	if v.err != nil {
+		return 0, v.err
+	}
+	return len(b), nil
+}
+
+// next verifies a part that is here in full.
+func (v *verifier) next() error {
+	if got := sum(v.hash); got != v.parts[0].Digest {
+		return spoiltf("the blob's digest is %s, want %s: wrong bytes came", got, v.parts[0].Digest)
+	}
+	v.hash.Reset()
+	if v.parts = v.parts[1:]; len(v.parts) > 0 {
+		v.left = v.parts[0].Size
+	}
+	return nil
+}
+
+// whole fails unless every part was here in full and right.
+func (v *verifier) whole() error {
+	if v.err == nil && len(v.parts) > 0 {
+		return pushed{fmt.Errorf("%w: %d bytes of the blob follow the end of its content", image.ErrMalformed, v.left)}
+	}
+	return v.err
 }
 
 func sum(h hash.Hash) fleet.Digest {

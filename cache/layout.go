@@ -24,6 +24,8 @@ const (
 	metaFile     = "image.json"
 	journalFile  = "journal"
 
+	lockFile = "lock" // of the store
+
 	tempSuffix = ".new" // of a file that is to replace another by a rename
 )
 
@@ -56,9 +58,12 @@ func (l layout) trash(name string) string {
 	return filepath.Join(string(l), "trash", name+"."+rand.Text())
 }
 
+// kinds are the store's directories.
+var kinds = []string{"images", "partial", "leases", "trash"}
+
 // make makes the directories.
 func (l layout) make() error {
-	for _, kind := range []string{"images", "partial", "leases", "trash"} {
+	for _, kind := range kinds {
 		// 0700: images may hold an organization's secrets, and guests' disks do.
 		if err := os.MkdirAll(filepath.Join(string(l), kind), 0o700); err != nil {
 			return err
@@ -69,7 +74,7 @@ func (l layout) make() error {
 
 // lock takes the store for this process, until the file is closed or the process ends.
 func (l layout) lock() (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(string(l), "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := os.OpenFile(filepath.Join(string(l), lockFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("locking the image store: %w", err)
 	}

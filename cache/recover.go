@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 
 	"github.com/paddock-ci/paddock/fleet"
@@ -30,6 +32,9 @@ func unusable(err error) bool {
 // leases. What is neither is removed, and said in the log; what cannot be read fails it,
 // for a whole image is not to be lost to a shortage of the moment.
 func (s *Store) recover() error {
+	if err := s.sweepTop(); err != nil {
+		return err
+	}
 	if err := s.sweepTrash(); err != nil {
 		return err
 	}
@@ -56,6 +61,9 @@ func (s *Store) adopt(kind string, one func(fleet.Digest) error) error {
 		}
 		switch {
 		case err == nil:
+			if err := s.sweepFiles(s.dir.of(kind, d), isImageFile); err != nil {
+				return err
+			}
 			continue
 		case !unusable(err):
 			return fmt.Errorf("reading image %s: %w; mend that, or remove %s to pull it again", d.Short(), err, filepath.Join(string(s.dir), kind, name.Name()))
@@ -76,11 +84,61 @@ func (s *Store) sweepTrash() error {
 		return err
 	}
 	for _, name := range names {
+		s.log.Info("emptying the trash", "name", name.Name())
 		if err := os.RemoveAll(filepath.Join(trash, name.Name())); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// sweepTop removes the files that a crash left beside the store's directories. What else is
+// there may be somebody's who gave us a directory of his own, and is only named.
+func (s *Store) sweepTop() error {
+	names, err := os.ReadDir(string(s.dir))
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		switch n := name.Name(); {
+		case n == lockFile || slices.Contains(kinds, n):
+		case strings.HasPrefix(n, ".share-"): // CanShare's
+			s.log.Warn("removing what a crash left", "name", n)
+			if err := os.RemoveAll(filepath.Join(string(s.dir), n)); err != nil {
+				return err
+			}
+		default:
+			s.log.Warn("leaving alone what is no part of the store", "name", n)
+		}
+	}
+	return nil
+}
+
+// sweepFiles removes from a directory of the store what is none of its files.
+func (s *Store) sweepFiles(dir string, known func(name string) bool) error {
+	names, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if known(name.Name()) {
+			continue
+		}
+		s.log.Warn("removing what is no part of the store", "dir", dir, "name", name.Name())
+		if err := os.RemoveAll(filepath.Join(dir, name.Name())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// isImageFile reports whether a name is one of an image's files, ready or partial.
+func isImageFile(name string) bool {
+	switch name {
+	case diskFile, nvramFile, configFile, manifestFile, metaFile, journalFile:
+		return true
+	}
+	return false
 }
 
 // readManifest reads the manifest of an image on disk and holds it to its digest.
@@ -170,20 +228,22 @@ func (s *Store) recoverLeases() error {
 		dir := filepath.Join(root, name.Name())
 		e := s.images[fleet.Digest("sha256:"+name.Name())]
 		if e == nil || e.State != fleet.ImageReady {
+			s.log.Warn("removing the leases of an image that is not here", "name", name.Name())
 			if err := os.RemoveAll(dir); err != nil {
 				return err
 			}
 			continue
 		}
-		files, err := os.ReadDir(dir)
-		if err != nil {
-			return err
-		}
-		for _, f := range files {
-			if h, ok := holder(f.Name()); ok {
+		err := s.sweepFiles(dir, func(file string) bool {
+			h, ok := holder(file)
+			if ok {
 				s.leases++
 				e.leases[h] = s.leases
 			}
+			return ok
+		})
+		if err != nil {
+			return err
 		}
 	}
 	return nil

@@ -2,6 +2,7 @@ package cache
 
 import (
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -11,6 +12,59 @@ import (
 
 	"github.com/paddock-ci/paddock/fleet"
 )
+
+// write makes a file, and the directories that it is in.
+func write(t *testing.T, path, data string) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(data), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// litter puts files into a store that are none of an image's: those that were to replace
+// others, a disk that was to become a clone, and some by other hands.
+func litter(t *testing.T, at layout, good, half fleet.Digest) {
+	t.Helper()
+	for _, path := range []string{
+		filepath.Join(at.partial(half), journalFile+tempSuffix), filepath.Join(at.partial(half), diskFile+tempSuffix),
+		filepath.Join(at.image(good), "notes.txt"), filepath.Join(string(at), "leases", "notes.txt"),
+		filepath.Join(at.leases(good), "notes.txt"), at.lease(good, "kept"),
+		filepath.Join(string(at), ".share-123"), filepath.Join(string(at), "README"),
+	} {
+		write(t, path, "x")
+	}
+}
+
+// checkSwept checks that the litter was named in the log, and removed if it was in the
+// store's own directories.
+func checkSwept(t *testing.T, at layout, good, half fleet.Digest, log string) {
+	t.Helper()
+	for _, name := range []string{
+		"notes ", strings.Repeat("e", 64), "old.XYZ", "journal.new", "disk.img.new", "notes.txt", ".share-123", "README",
+		strings.TrimPrefix(string(half), "sha256:"),
+	} {
+		if !strings.Contains(log, "name="+name) {
+			t.Errorf("nothing is said of %s in the log:\n%s", name, log)
+		}
+	}
+	image := []string{configFile, diskFile, metaFile, journalFile, manifestFile, nvramFile}
+	for path, want := range map[string][]string{
+		at.partial(half): image, at.image(good): image, at.leases(good): {"h-kept"},
+		string(at): {"README", "images", "leases", "lock", "partial", "trash"},
+	} {
+		var names []string
+		entries, err := os.ReadDir(path)
+		for _, e := range entries {
+			names = append(names, e.Name())
+		}
+		if err != nil || !slices.Equal(names, want) {
+			t.Errorf("%s holds %v (%v); want %v", path, names, err, want)
+		}
+	}
+}
 
 // What a crash may leave is resumed or removed at the next start; whole images stay.
 func TestRecovery(t *testing.T) {
@@ -28,38 +82,32 @@ func TestRecovery(t *testing.T) {
 	if err := store.Close(); err != nil {
 		t.Fatal(err)
 	}
-	write := func(path, data string) {
-		t.Helper()
-		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, []byte(data), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
 	// half is put back to partial, with one chunk in the journal and half a line more.
 	if err := os.Rename(at.image(half.Digest), at.partial(half.Digest)); err != nil {
 		t.Fatal(err)
 	}
 	first, second := note{item: itemOf(m.Chunks[0])}.String(), note{item: itemOf(m.Chunks[1])}.String()
-	write(filepath.Join(at.partial(half.Digest), journalFile), first+second[:20])
+	write(t, filepath.Join(at.partial(half.Digest), journalFile), first+second[:20])
 	if err := os.Truncate(filepath.Join(at.image(spoilt.Digest), diskFile), 100); err != nil {
 		t.Fatal(err)
 	}
-	write(filepath.Join(string(at), "images", "notes", "x"), "x")
-	write(filepath.Join(at.partial("sha256:"+fleet.Digest(strings.Repeat("e", 64))), journalFile), "")
-	write(filepath.Join(string(at), "trash", "old.XYZ", diskFile), "x")
-	write(at.lease(half.Digest, "vm"), "")
+	write(t, filepath.Join(string(at), "images", "notes", "x"), "x")
+	write(t, filepath.Join(at.partial("sha256:"+fleet.Digest(strings.Repeat("e", 64))), journalFile), "")
+	write(t, filepath.Join(string(at), "trash", "old.XYZ", diskFile), "x")
+	write(t, at.lease(half.Digest, "vm"), "")
+	litter(t, at, good.Digest, half.Digest)
 
-	store, err := Open(Config{Dir: string(at), Sources: []Source{shelf}})
+	var log strings.Builder
+	store, err := Open(Config{Dir: string(at), Sources: []Source{shelf}, Log: slog.New(slog.NewTextHandler(&log, nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = store.Close() }()
+	checkSwept(t, at, good.Digest, half.Digest, log.String())
 	if a, b, c := store.state(good.Digest), store.state(half.Digest), store.state(spoilt.Digest); a != fleet.ImageReady || b != fleet.ImagePaused || c != gone {
 		t.Errorf("states %q, %q, %q; want ready, paused, none", a, b, c)
 	}
-	for kind, want := range map[string]int{"images": 1, "partial": 1, "trash": 0, "leases": 0} {
+	for kind, want := range map[string]int{"images": 1, "partial": 1, "trash": 0, "leases": 1} {
 		names, err := os.ReadDir(filepath.Join(string(at), kind))
 		if err != nil || len(names) != want {
 			t.Errorf("%s holds %v (%v); want %d", kind, names, err, want)
@@ -69,7 +117,7 @@ func TestRecovery(t *testing.T) {
 	if err := store.Pull(t.Context(), half); err != nil {
 		t.Fatal(err)
 	}
-	want := []fleet.Digest{m.Config.Digest, m.NVRAM.Digest, m.Chunks[1].Blob}
+	want := []fleet.Digest{m.NVRAM.Digest, m.Chunks[1].Blob} // the VM config is in another image, too
 	slices.Sort(want)
 	slices.Sort(shelf.asked)
 	if !slices.Equal(shelf.asked, want) {
