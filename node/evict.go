@@ -32,13 +32,13 @@ func (a *Agent) evict(ctx context.Context, r api.SyncReply) {
 	if len(r.Evict) == 0 {
 		return
 	}
-	leased := map[fleet.Digest]bool{} // these stay, which the leader sees by the report
+	here := map[fleet.Digest]bool{}
 	for _, i := range a.c.Images.List() {
-		leased[i.Digest] = i.Leases > 0
+		here[i.Digest] = i.Leases == 0 // leased ones stay, which the leader sees by the report
 	}
 	for _, d := range r.Evict {
 		held := slices.ContainsFunc(r.Hold, func(h fleet.Hold) bool { return h.Digest == d })
-		if !held && !leased[d] {
+		if here[d] && !held {
 			a.letGo(ctx, d, "the controller marked it")
 		}
 	}
