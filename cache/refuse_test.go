@@ -3,6 +3,11 @@ package cache_test
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -88,51 +93,109 @@ func (w *world) checkRefused(t *testing.T, err error, class cache.Class, text st
 	}
 }
 
-// Images that are bad as they were pushed. Each is a good one with its manifest changed.
-func TestPullBadImages(t *testing.T) {
-	const content = "org.cirruslabs.tart.uncompressed-content-digest"
-	const size = "org.cirruslabs.tart.uncompressed-size"
-	put := func(w *world, t *testing.T, data string) (fleet.Digest, int64) {
-		d, err := w.reg.PutBlob(t.Context(), []byte(data))
-		if err != nil {
-			t.Fatal(err)
+// badImage is a way to spoil a good image of four chunks, and how its pull is refused.
+type badImage struct {
+	name  string
+	spoil func(t *testing.T, w *world, doc *image.Document)
+	text  string
+	class cache.Class // "": format
+}
+
+// Annotations of a disk layer, and of the manifest.
+const (
+	contentDigest = "org.cirruslabs.tart.uncompressed-content-digest"
+	contentSize   = "org.cirruslabs.tart.uncompressed-size"
+	diskSize      = "org.cirruslabs.tart.uncompressed-disk-size"
+)
+
+// putBlob makes a layer of other bytes.
+func putBlob(t *testing.T, w *world, l *image.Descriptor, data string) {
+	t.Helper()
+	d, err := w.reg.PutBlob(t.Context(), []byte(data))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Digest, l.Size = d, int64(len(data))
+}
+
+// badManifests say what cannot be.
+func badManifests() []badImage {
+	first := func(change func(l *image.Descriptor)) func(*testing.T, *world, *image.Document) {
+		return func(_ *testing.T, _ *world, doc *image.Document) { change(&doc.Layers[1]) }
+	}
+	document := func(change func(doc *image.Document)) func(*testing.T, *world, *image.Document) {
+		return func(_ *testing.T, _ *world, doc *image.Document) { change(doc) }
+	}
+	sized := func(size string) func(*testing.T, *world, *image.Document) {
+		return document(func(doc *image.Document) {
+			doc.Layers[1].Annotations[contentSize] = size
+			delete(doc.Annotations, diskSize)
+		})
+	}
+	return []badImage{
+		{"missing annotation", first(func(l *image.Descriptor) { delete(l.Annotations, contentDigest) }), "layer 1: missing annotation", ""},
+		{"unknown media type", first(func(l *image.Descriptor) { l.MediaType = "x/y" }), `layer 1: unknown media type "x/y"`, ""},
+		{"stacked", first(func(l *image.Descriptor) { l.MediaType = "application/vnd.cirruslabs.tart.disk.asif.overlay.v1" }), "stacked images", ""},
+		{"path for a digest", first(func(l *image.Descriptor) { l.Digest = "sha256:../../../../../../tmp/escaped" }), "layer 1: malformed image", ""},
+		{"path for a content digest", first(func(l *image.Descriptor) { l.Annotations[contentDigest] = "sha256:/../../escaped" }), "content digest", ""},
+		{"path for the config's digest", document(func(doc *image.Document) { doc.Layers[0].Digest = "../escaped" }), "layer 0", ""},
+		{"unknown algorithm", first(func(l *image.Descriptor) { l.Digest = fleet.Digest("sha512:" + strings.Repeat("a", 128)) }), "sha256 is the only algorithm known here", ""},
+		{"negative blob", first(func(l *image.Descriptor) { l.Size = -1 }), "blob size -1", ""},
+		{"negative size", sized("-131072"), "-131072", ""},
+		{"overflowing size", sized("99999999999999999999"), "99999999999999999999", ""},
+		{"size of 2^63-1", sized("9223372036854775807"), "cannot hold 9223372036854775807 bytes of disk", ""},
+		{"sums differ", first(func(l *image.Descriptor) { l.Annotations[contentSize] = "140000" }), "add up to", ""},
+		{"two configs", document(func(doc *image.Document) { doc.Layers = append(doc.Layers, doc.Layers[0]) }), "VM config: layer occurs more than once", ""},
+		{"no config", document(func(doc *image.Document) { doc.Layers = doc.Layers[1:] }), "missing layer", ""},
+		{"5,000 layers", document(func(doc *image.Document) {
+			for len(doc.Layers) < 5000 {
+				doc.Layers = append(doc.Layers, doc.Layers[1])
+			}
+		}), "more than 4096 layers", ""},
+		{"a manifest of 20 MB", document(func(doc *image.Document) { doc.Annotations["x"] = strings.Repeat("x", 20<<20) }), "manifest", ""},
+		{"an index", document(func(doc *image.Document) { doc.MediaType = image.MediaTypeIndex }), "this is an index of images", ""},
+	}
+}
+
+// badBlobs are right by their digests, and no image.
+func badBlobs() []badImage {
+	disk := func(blob string) func(*testing.T, *world, *image.Document) {
+		return func(t *testing.T, w *world, doc *image.Document) { putBlob(t, w, &doc.Layers[1], blob) }
+	}
+	config := func(text string) func(*testing.T, *world, *image.Document) {
+		return func(t *testing.T, w *world, doc *image.Document) { putBlob(t, w, &doc.Layers[0], text) }
+	}
+	sized := func(size string) func(*testing.T, *world, *image.Document) {
+		return func(_ *testing.T, _ *world, doc *image.Document) {
+			doc.Layers[1].Annotations[contentSize] = size
+			delete(doc.Annotations, diskSize)
 		}
-		return d, int64(len(data))
 	}
-	tests := []struct {
-		name  string
-		spoil func(w *world, t *testing.T, doc *image.Document)
-		class cache.Class
-		text  string
-	}{
-		{"missing annotation", func(_ *world, _ *testing.T, doc *image.Document) { delete(doc.Layers[2].Annotations, content) }, cache.ClassFormat, "layer 2: missing annotation"},
-		{"unknown media type", func(_ *world, _ *testing.T, doc *image.Document) { doc.Layers[2].MediaType = "x/y" }, cache.ClassFormat, `layer 2: unknown media type "x/y"`},
-		{"stacked", func(_ *world, _ *testing.T, doc *image.Document) {
-			doc.Layers[2].MediaType = "application/vnd.cirruslabs.tart.disk.asif.overlay.v1"
-		}, cache.ClassFormat, "stacked images"},
-		{"content digest of something else", func(_ *world, _ *testing.T, doc *image.Document) {
-			doc.Layers[1].Annotations[content] = string(doc.Layers[1].Digest)
-		}, cache.ClassDigest, "the image was pushed wrongly"},
-		{"layer larger than it says", func(_ *world, _ *testing.T, doc *image.Document) {
-			doc.Layers[1].Annotations[size] = "131000"
-			delete(doc.Annotations, "org.cirruslabs.tart.uncompressed-disk-size")
-		}, cache.ClassFormat, "stream holds more than"},
-		{"layer smaller than it says", func(_ *world, _ *testing.T, doc *image.Document) {
-			doc.Layers[1].Annotations[size] = "140000"
-			delete(doc.Annotations, "org.cirruslabs.tart.uncompressed-disk-size")
-		}, cache.ClassFormat, "stream holds less than"},
-		{"sums differ", func(_ *world, _ *testing.T, doc *image.Document) { doc.Layers[1].Annotations[size] = "140000" }, cache.ClassFormat, "add up to"},
-		{"a layer that is no stream", func(w *world, t *testing.T, doc *image.Document) {
-			doc.Layers[1].Digest, doc.Layers[1].Size = put(w, t, strings.Repeat("this is not an Apple-LZ4 stream", 100))
-		}, cache.ClassFormat, `at compressed offset 0 (decoded offset 0): no Apple-LZ4 block begins here: found "this"`},
-		{"an asif disk", func(w *world, t *testing.T, doc *image.Document) {
-			doc.Layers[0].Digest, doc.Layers[0].Size = put(w, t, `{"version":1,"os":"linux","diskFormat":"asif"}`)
-		}, cache.ClassFormat, "asif format are not supported"},
-		{"a config that is none", func(w *world, t *testing.T, doc *image.Document) {
-			doc.Layers[0].Digest, doc.Layers[0].Size = put(w, t, `../../etc/passwd`)
-		}, cache.ClassFormat, "VM config"},
+	filler := strings.Repeat("x", 4000) // for as many bytes as a chunk of 128 KiB has at least
+	return []badImage{
+		{"content digest of something else", func(_ *testing.T, _ *world, doc *image.Document) {
+			doc.Layers[1].Annotations[contentDigest] = string(doc.Layers[1].Digest)
+		}, "the image was pushed wrongly", cache.ClassDigest},
+		{"a bomb", sized("131000"), "stream holds more than", ""},
+		{"layer smaller than it says", sized("140000"), "stream holds less than", ""},
+		{"a layer that is no stream", disk("this is no stream" + filler), `at compressed offset 0 (decoded offset 0): no Apple-LZ4 block begins here: found "this"`, ""},
+		{"decoded size near 2^32", disk("bv41\xff\xff\xff\xff\x00\x01\x00\x00" + filler), "4294967295 decoded bytes", ""},
+		{"encoded size near 2^32", disk("bv41\x00\x00\x01\x00\xf8\xff\xff\xff" + filler), "4294967288 encoded bytes", ""},
+		{"stored size near 2^32", disk("bv4-\xfc\xff\xff\xff" + filler), "4294967292 decoded bytes", ""},
+		// One literal, and then four bytes from 65,535 bytes before the stream.
+		{"a match before the start", disk("bv41\x00\x00\x01\x00\x04\x00\x00\x00\x10a\xff\xff" + filler), "corrupt LZ4 block", ""},
+		{"a block after the end", disk("bv4$" + filler), "stream holds less than", ""},
+		{"an asif disk", config(`{"version":1,"os":"linux","diskFormat":"asif"}`), "asif format are not supported", ""},
+		{"a config that is a path", config(`../../etc/passwd`), "VM config", ""},
 	}
-	for _, test := range tests {
+}
+
+// Images that are bad as they were pushed: each is a good one with something changed. Each
+// is refused in words of its own, nothing of it is published, and nothing is written but the
+// store's own files.
+func TestPullBadImages(t *testing.T) {
+	said := make(map[string]string)
+	for _, test := range slices.Concat(badManifests(), badBlobs()) {
 		t.Run(test.name, func(t *testing.T) {
 			w := newWorld(t)
 			_, _, m := w.push(t, "base", "ab0c")
@@ -140,18 +203,51 @@ func TestPullBadImages(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			test.spoil(w, t, doc)
+			test.spoil(t, w, doc)
 			raw, err := json.Marshal(doc)
 			if err != nil {
 				t.Fatal(err)
 			}
-			d, err := w.reg.PutManifest(t.Context(), "test/bad", "v1", image.MediaTypeManifest, raw)
+			kind := image.MediaTypeManifest
+			if doc.MediaType != "" {
+				kind = doc.MediaType
+			}
+			d, err := w.reg.PutManifest(t.Context(), "test/bad", "v1", kind, raw)
 			if err != nil {
 				t.Fatal(err)
 			}
+			class := test.class
+			if class == "" {
+				class = cache.ClassFormat
+			}
 			err = w.store.Pull(t.Context(), fleet.Hold{Digest: d, Ref: w.host + "/test/bad:v1"})
-			w.checkRefused(t, err, test.class, test.text)
+			w.checkRefused(t, err, class, test.text)
+			w.checkConfined(t)
+			text := strings.TrimPrefix(fmt.Sprint(err), "pulling image "+d.Short())
+			if other, taken := said[text]; taken || len(text) > 2000 {
+				t.Errorf("%q is said of %q, too; or it is too long", text, other)
+			}
+			said[text] = test.name
 		})
+	}
+}
+
+// checkConfined checks that only the store was written to, and nothing in it that is not
+// the store's.
+func (w *world) checkConfined(t *testing.T) {
+	t.Helper()
+	known := regexp.MustCompile(`^(lock|images|leases|trash|partial(/[0-9a-f]{64}(/(manifest\.json|image\.json|journal|disk\.img|config\.json|nvram\.bin))?)?)$`)
+	err := filepath.WalkDir(filepath.Dir(w.dir), func(path string, _ fs.DirEntry, err error) error {
+		if err != nil || path == w.dir || path == filepath.Dir(w.dir) {
+			return err
+		}
+		if name, err := filepath.Rel(w.dir, path); err != nil || !known.MatchString(name) {
+			t.Errorf("there is %s (%v)", path, err)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
 	}
 }
 
