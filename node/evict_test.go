@@ -124,9 +124,7 @@ func TestEvictFails(t *testing.T) {
 		if n := images.tries.Load(); n < 10 || n > 70 {
 			t.Errorf("%d tries in ten minutes", n)
 		}
-		if last := s.office.latest(); last.Node.Images[0].State != fleet.ImageReady {
-			t.Errorf("reported as %+v", last.Node.Images)
-		}
+		s.office.await(t, "the image is reported as it is", func() bool { return s.office.last.Node.Images[0].State == fleet.ImageReady })
 		stop()
 		s.checkEmpty(t)
 	})
