@@ -129,7 +129,7 @@ func TestLookWhileItChanges(t *testing.T) {
 	}
 	churned := make(chan error, 1)
 	go func() {
-		for range 60 {
+		for range 10 {
 			if err := errors.Join(w.store.Pull(t.Context(), hold), w.store.Evict(hold.Digest)); err != nil {
 				churned <- err
 				return
