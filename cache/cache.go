@@ -1,12 +1,13 @@
-// Package cache keeps VM images on this node's disk: it fetches, verifies, leases,
-// clones and evicts them.
+// Package cache keeps VM images on this node's disk: it fetches, verifies, shares,
+// leases, clones and evicts them.
 //
 // It knows no jobs and no VMs (a lease has a holder, which is just a name), decides
 // neither what to hold nor what to evict (the leader does), and speaks no network
-// protocol: bytes come through Sources, of which cache/registry has one. Called by
-// node, and by the CLI's image commands.
+// protocol: bytes come through Sources (cache/registry, cache/ocidir and cache/peer have
+// one each) and other nodes are heard of through a Site. Called by node, and by the CLI's
+// image commands.
 //
-// The directory:
+// # Layout
 //
 //	lock                      held (flock) while a process has the store open
 //	images/<hex>/             ready images, by the hex of their manifest digest
@@ -15,14 +16,37 @@
 //	    nvram.bin config.json
 //	    image.json            the reference it was ordered by; its mtime is the last use
 //	partial/<hex>/            the same while it is being pulled, and
-//	    journal               a line per finished part of its kind, written after its fsync
+//	    journal               what is finished, and how far the rest is: a line each,
+//	                          written after what it speaks of is on disk; see journal
 //	leases/<hex>/h-<holder>   one empty file per lease
 //	trash/<hex>.<random>      on its way out; emptied at the next start
+//
+// # Sources
+//
+// A piece (a distinct chunk that is not zero, the NVRAM, the VM config) goes one way:
+//
+//	a ready image here has its content  → share its blocks, or copy and verify
+//	else the source that has it soonest → decode from a mark, write at all its offsets,
+//	                                      note marks, verify both digests, note the end
+//
+// A disk begins as a clone of the ready image that is closest to it, where that is free.
+// The soonest source is that with the least (bytes of the piece + bytes on their way from
+// there) / measured rate. One that fails rests, and another goes on at the byte; one that
+// refuses the image is left out of its pull. With a Site, a piece comes from outside
+// (KindRegistry) only when the site has granted it: else from the node that has it, as
+// soon as it has. If the site does not answer, the pull goes on without it.
+//
+// Pulls take turns: those that jobs wait for, then by priority. One that moves nothing
+// for a few seconds is overtaken until it can.
+//
+// # Recovery
 //
 // An image is published by fsync of all its files and one rename of its directory from
 // partial to images, and leaves by one rename to trash: so at any instant of a crash it
 // is there in full or not at all. Partial work is keyed by manifest digest, never by
-// tag: a tag that moves cannot mix two images.
+// tag: a tag that moves cannot mix two images. At the start, ready images and partial
+// ones are listed as they are, leases too, and what is neither is removed; a pull goes on
+// at the last mark of each piece. A full disk fails the pull and keeps what came.
 package cache
 
 import (
