@@ -93,7 +93,7 @@ func BenchmarkChunks(b *testing.B) {
 
 func benchChunks(b *testing.B, pieces int) {
 	const nodes = 1000
-	s, _ := openRedis(b, store.Config{})
+	s, ctl := openRedis(b, store.Config{})
 	words := make([]store.ChunkWord, nodes)
 	for i := range words {
 		words[i] = chunkWord(fleet.NodeID(fmt.Sprint("mac-", i)))
@@ -108,6 +108,7 @@ func benchChunks(b *testing.B, pieces int) {
 	}
 	var last atomic.Int64
 	b.SetParallelism(16)
+	burned := ctl.CPU(b)
 	b.ResetTimer()
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
@@ -122,4 +123,5 @@ func benchChunks(b *testing.B, pieces int) {
 		}
 	})
 	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "words/s")
+	b.ReportMetric(float64((ctl.CPU(b)-burned).Microseconds())/float64(b.N), "redis-µs/word")
 }

@@ -67,13 +67,13 @@ local held = batch(holders, 'h', #look)
 -- has already is granted again: the answer was lost. If somebody has the piece meanwhile
 -- it is given up instead.
 local limit, granted = math.max(1, math.floor(open / pulling)), {}
-local taken = batch(claims, 'c', wished)
+local taken = count < limit and batch(claims, 'c', wished) or {}
 for i = 1, wished do
 	local p = look[i]
 	local elsewhere = i > insisted and (ready or held[i] and held[i] ~= who)
 	if mine[p] and elsewhere then
 		redis.call('HDEL', claims, 'c' .. p)
-		mine[p], count = nil, count - 1
+		mine[p] = nil -- its place is filled at the next word
 	elseif not mine[p] and count < limit and not elsewhere and not claimed(taken[i]) then
 		mine[p], count = now, count + 1
 	end
@@ -110,13 +110,16 @@ end
 
 local answer = {'', pulling, #granted}
 for _, p in ipairs(granted) do answer[#answer + 1] = p end
-for _, node in ipairs(peers) do
-	local seen = redis.call('ZSCORE', pullers, node)
-	local bits = redis.call('HGET', holders, 'n' .. node)
-	if seen and bits then
-		answer[#answer + 1] = node
-		answer[#answer + 1] = tonumber(seen) > now and 1 or 0
-		answer[#answer + 1] = bits
+if #peers > 0 then
+	local seen, fields = redis.call('ZMSCORE', pullers, unpack(peers)), {}
+	for i, node in ipairs(peers) do fields[i] = 'n' .. node end
+	local bits = redis.call('HMGET', holders, unpack(fields))
+	for i, node in ipairs(peers) do
+		if seen[i] and bits[i] then
+			answer[#answer + 1] = node
+			answer[#answer + 1] = tonumber(seen[i]) > now and 1 or 0
+			answer[#answer + 1] = bits[i]
+		end
 	end
 end
 return answer

@@ -161,3 +161,18 @@ func (r *Redis) Memory(t testing.TB) int64 {
 	}
 	return n
 }
+
+// CPU returns what the server's process has burned: of a Redis that answers scripts, the
+// figure that does not depend on what else the machine does.
+func (r *Redis) CPU(t testing.TB) time.Duration {
+	t.Helper()
+	info, err := r.client.InfoMap(t.Context(), "cpu").Result()
+	var user, system float64
+	if err == nil {
+		_, err = fmt.Sscan(info["CPU"]["used_cpu_user"]+" "+info["CPU"]["used_cpu_sys"], &user, &system)
+	}
+	if err != nil {
+		t.Fatal(errors.Join(errors.New("read used_cpu_user"), err))
+	}
+	return time.Duration((user + system) * float64(time.Second))
+}
