@@ -304,7 +304,7 @@ func TestPlaceOfANode(t *testing.T) {
 		"a path":            {"", fleet.NodePeer{Address: "a/b:7843", Certificate: hash}, false},
 		"no certificate":    {"", fleet.NodePeer{Address: "10.0.0.7:7843"}, false},
 		"half a one":        {"", fleet.NodePeer{Address: "10.0.0.7:7843", Certificate: hash[2:]}, false},
-		"only a one":        {"", fleet.NodePeer{Certificate: hash}, false},
+		"no port, a client": {"", fleet.NodePeer{Certificate: hash}, true},
 	} {
 		m.site, m.peer = c.site, c.peer
 		_, err := m.try(0)

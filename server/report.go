@@ -107,8 +107,11 @@ func badPlace(n *fleet.Node) string {
 	if n.Site != "" && fleet.CheckName("site", n.Site) != nil {
 		return cut(fleet.CheckName("site", n.Site).Error())
 	}
-	if n.Peer == (fleet.NodePeer{}) {
+	switch {
+	case n.Peer == (fleet.NodePeer{}):
 		return ""
+	case n.Peer.Address == "" && certificatePattern.MatchString(n.Peer.Certificate):
+		return "" // it has no port, and shows the certificate where it fetches
 	}
 	host, port, err := net.SplitHostPort(n.Peer.Address)
 	if number, bad := strconv.ParseUint(port, 10, 16); err != nil || bad != nil || number == 0 || host == "" || long(maxWord, host) ||
