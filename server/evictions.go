@@ -25,7 +25,7 @@ func (s *Server) listEvictions(ctx context.Context, c call, _ struct{}) ([]api.N
 			return nil, err
 		}
 		if view.Nodes[node] == nil {
-			return nil, refusal(http.StatusNotFound, fmt.Sprintf("no node %s is known", cut(string(node))), "paddock nodes list shows those that joined")
+			return nil, refusal(http.StatusNotFound, fmt.Sprintf("no node %q", cut(string(node))), "paddock nodes list shows those that have reported")
 		}
 	}
 	return s.c.Evictions(ctx, node, free)
