@@ -36,7 +36,7 @@ func (d *download) request(ctx context.Context) (retryAfter time.Duration, err e
 	if d.ranged() {
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", d.at, d.size-1))
 	}
-	d.cancel, d.gained, d.window = cancel, 0, window{}
+	d.cancel, d.gained, d.late, d.window = cancel, 0, false, window{}
 	d.timer = time.AfterFunc(d.client.stall, cancel)
 	resp, err := p.client.Do(req)
 	stalled := !d.timer.Stop()

@@ -56,6 +56,7 @@ type download struct {
 	until  int64              // where resp ends; negative: it does not say
 	cancel context.CancelFunc // of resp's request
 	timer  *time.Timer        // cancels it when it stalls
+	late   bool               // it has, although a byte came after all
 	window window             // of resp
 }
 
@@ -153,7 +154,8 @@ func (d *download) take(p []byte) (int, error) {
 	n, err := d.resp.Body.Read(p)
 	// Between reads the clock stands still: a reader that waits is no stall.
 	stalled := !d.timer.Stop()
-	if err != nil && stalled && n == 0 {
+	d.late = d.late || stalled
+	if err != nil && d.late && n == 0 {
 		return 0, fmt.Errorf("%w: no byte came for %s", errSlow, d.client.stall)
 	}
 	d.window.add(n, time.Since(began), d.client.stall, d.client.floor)

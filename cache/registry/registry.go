@@ -161,17 +161,28 @@ func (c *Client) follow(ctx context.Context, r image.Reference, raw []byte) ([]b
 	return c.manifest(ctx, r.At(entry))
 }
 
-// manifest fetches a manifest by tag or digest; a digest is verified.
-func (c *Client) manifest(ctx context.Context, r image.Reference) ([]byte, error) {
-	get := func(req *http.Request) { req.Header.Set("Accept", strings.Join(image.AcceptedTypes, ", ")) }
-	body, err := c.open(ctx, r.Repository(), "manifests/"+r.Identifier(), 0, -1, get)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = body.Close() }()
-	raw, err := io.ReadAll(io.LimitReader(body, image.MaxManifestBytes+1))
-	if err != nil {
-		return nil, err
+// manifest fetches a manifest by tag or digest; a digest is verified. One that is cut off
+// in the middle is fetched again: it is small.
+func (c *Client) manifest(ctx context.Context, r image.Reference) (raw []byte, err error) {
+	for try := 1; ; try++ {
+		body, err := c.open(ctx, r.Repository(), "manifests/"+r.Identifier(), 0, -1, func(req *http.Request) {
+			req.Header.Set("Accept", strings.Join(image.AcceptedTypes, ", "))
+		})
+		if err != nil {
+			return nil, err
+		}
+		raw, err = io.ReadAll(io.LimitReader(body, image.MaxManifestBytes+1))
+		_ = body.Close() // it was only read
+		if err == nil {
+			break
+		}
+		if try >= c.tries || ctx.Err() != nil {
+			return nil, err
+		}
+		c.log.Info("a manifest will be fetched again", "host", r.Host(), "error", err)
+		if err := sleep(ctx, c.pause<<(try-1)); err != nil {
+			return nil, err
+		}
 	}
 	if len(raw) > image.MaxManifestBytes {
 		return nil, &cache.Error{Class: cache.ClassFormat, Err: fmt.Errorf("%w: the manifest has more than %d bytes", image.ErrTooLarge, image.MaxManifestBytes)}

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/iotest"
 	"testing/synctest"
 	"time"
 
@@ -40,7 +41,7 @@ func serve(t *testing.T) (*registrytest.Registry, string) {
 
 func newClient(t *testing.T, keys authn.Keychain) *registry.Client {
 	t.Helper()
-	c, err := registry.New(registry.Config{Keychain: keys, Tries: 3, Pause: time.Millisecond, Stall: 200 * time.Millisecond})
+	c, err := registry.New(registry.Config{Keychain: keys, Tries: 3, Pause: time.Millisecond, Stall: time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -248,6 +249,34 @@ func TestRedirectWithoutCredentials(t *testing.T) {
 				t.Errorf("the other host saw Authorization %q; want one request without", headers)
 			}
 		})
+	}
+}
+
+// A manifest that is cut off is asked for again.
+func TestManifestCutOff(t *testing.T) {
+	reg, host := serve(t)
+	d := push(t, reg, "fleet/base")
+	cuts := 2
+	client, err := registry.New(registry.Config{Tries: 3, Pause: time.Millisecond, Transport: roundTrip(func(req *http.Request) (*http.Response, error) {
+		resp, err := http.DefaultTransport.RoundTrip(req)
+		if err == nil && strings.Contains(req.URL.Path, "/manifests/") && cuts > 0 {
+			cuts--
+			resp.Body = struct {
+				io.Reader
+				io.Closer
+			}{io.MultiReader(io.LimitReader(resp.Body, 100), iotest.ErrReader(io.ErrUnexpectedEOF)), resp.Body}
+		}
+		return resp, err
+	})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if raw, err := client.Manifest(t.Context(), host+"/fleet/base:v1", d); err != nil || image.DigestOf(raw) != d {
+		t.Errorf("%d bytes, %v", len(raw), err)
+	}
+	cuts = 3
+	if _, err := client.Manifest(t.Context(), host+"/fleet/base:v1", d); cache.ClassOf(err) != cache.ClassNetwork || err == nil {
+		t.Errorf("cut off at every request: %v; want class network", err)
 	}
 }
 
