@@ -229,6 +229,9 @@ func (i *importing) disk(ctx context.Context) ([]Flaw, error) {
 	}
 	defer func() { _ = source.Close() }()
 	target := filepath.Join(i.partial.dir, diskFile)
+	if i.progress != nil { // a copy, where nothing can be shared, takes a while
+		i.progress(0, i.manifest.DiskSize)
+	}
 	if _, err := os.Lstat(target); errors.Is(err, os.ErrNotExist) {
 		if err := cloneFrom(ctx, source, target); err != nil {
 			return nil, diskError(err)

@@ -240,6 +240,19 @@ func importOne(ctx context.Context, cmd *cobra.Command, g *globals, s *cache.Sto
 	if partly := (*cache.PartlyError)(nil); errors.As(err, &partly) {
 		row.State = "partial"
 		err = fmt.Errorf("%w (hint: paddock image pull %s fetches what is missing, and nothing else)", err, f.Ref)
+	} else if !wasInterrupted(ctx, err) {
+		err = importFailed(f, err)
 	}
 	return row, err
+}
+
+// importFailed gives what people can do about an image that could not be taken over.
+func importFailed(f cache.Foreign, err error) error {
+	switch {
+	case errors.Is(err, cache.ErrUnverifiable):
+		return fmt.Errorf("%w (hint: paddock image pull %s)", err, f.Ref)
+	case cache.ClassOf(err) == cache.ClassDisk:
+		return fmt.Errorf("%w (hint: what was taken over is kept, and the same command goes on from there)", err)
+	}
+	return fmt.Errorf("%w (hint: nothing of it is used; paddock image pull %s brings it from its registry)", err, f.Ref)
 }

@@ -237,6 +237,27 @@ func TestRateMeter(t *testing.T) {
 	}
 }
 
+// Each class of failure has words of its own on what to do, and a failure that has them
+// already keeps them.
+func TestPullFailed(t *testing.T) {
+	seen := map[string]cache.Class{}
+	for _, class := range []cache.Class{cache.ClassAuth, cache.ClassNotFound, cache.ClassNetwork, cache.ClassDisk, cache.ClassDigest, cache.ClassFormat} {
+		text := advise(pullFailed("ghcr.io/acme/macos:15", &cache.Error{Class: class, Err: errors.New("so it is")}))
+		what, hint, ok := strings.Cut(text, " (hint: ")
+		if !ok || what != "so it is; class "+string(class) {
+			t.Errorf("%s: %s", class, text)
+		}
+		if other, taken := seen[hint]; taken {
+			t.Errorf("%s and %s have the same hint: %s", class, other, hint)
+		}
+		seen[hint] = class
+	}
+	known := errors.New("no such thing (hint: make one)")
+	if err := pullFailed("ghcr.io/acme/macos:15", known); !errors.Is(err, known) || strings.Count(err.Error(), "hint") != 1 {
+		t.Errorf("a hint is added to a hint: %v", err)
+	}
+}
+
 // A bar is drawn only where there is room for one.
 func TestDrawable(t *testing.T) {
 	f, err := os.Create(filepath.Join(t.TempDir(), "log"))
