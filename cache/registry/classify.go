@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
 	"regexp"
 	"strings"
 
@@ -29,6 +30,10 @@ func classify(repository name.Repository, path string, err error) error {
 	network := &cache.Error{Class: cache.ClassNetwork, Err: fmt.Errorf("%s: %w", what, err)}
 	var refused *transport.Error
 	if !errors.As(err, &refused) {
+		var request *url.Error
+		if errors.As(err, &request) {
+			network.Err = fmt.Errorf("%w; check that this machine reaches %s", network.Err, host)
+		}
 		return network
 	}
 	switch refused.StatusCode {

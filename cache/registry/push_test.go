@@ -168,7 +168,7 @@ func TestPushThroughTrouble(t *testing.T) {
 		"cut in the middle":   {{Kind: registrytest.Drop, At: 10_000, Times: 2}},
 		"500":                 {{Kind: registrytest.Refuse, Status: 500, Times: 2}},
 		"429 and Retry-After": {{Kind: registrytest.Refuse, Status: 429, RetryAfter: "1", Times: 1}},
-		"the token expires":   {{Kind: registrytest.Refuse, Status: 401, Times: 1}},
+		"the token expires":   {{Kind: registrytest.Expire, Times: 2}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -249,6 +250,39 @@ func TestRedirectWithoutCredentials(t *testing.T) {
 				t.Errorf("the other host saw Authorization %q; want one request without", headers)
 			}
 		})
+	}
+}
+
+// That a registry answers no ranges is remembered: it is asked for none any more, and
+// each body that begins in the middle is skipped into once.
+func TestNoRangesRemembered(t *testing.T) {
+	reg, host := serve(t)
+	d := push(t, reg, "fleet/base")
+	var ranges []string
+	client, err := registry.New(registry.Config{Transport: roundTrip(func(req *http.Request) (*http.Response, error) {
+		if strings.Contains(req.URL.Path, "/blobs/") {
+			ranges = append(ranges, req.Header.Get("Range"))
+		}
+		return http.DefaultTransport.RoundTrip(req)
+	})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ref := host + "/fleet/base:v1"
+	b := blobOf(t, client, ref, d)
+	reg.Break("", registrytest.Fault{Kind: registrytest.IgnoreRange})
+	for i := range 3 {
+		body, err := client.Open(t.Context(), wantOf(ref, b), 1000)
+		if err != nil {
+			t.Fatal(err)
+		}
+		data, err := io.ReadAll(body)
+		if err := errors.Join(err, body.Close()); err != nil || int64(len(data)) != b.Size-1000 {
+			t.Errorf("body %d: %d bytes, %v; want %d", i, len(data), err, b.Size-1000)
+		}
+	}
+	if got, want := strings.Join(ranges, ";"), fmt.Sprintf("bytes=1000-%d;;", b.Size-1); got != want {
+		t.Errorf("the requests had ranges %q; want %q", got, want)
 	}
 }
 

@@ -47,7 +47,7 @@ func (r *Registry) RefuseMounts() {
 }
 
 // BreakUploads makes uploads fail: Drop cuts the connection after At bytes of a body,
-// Refuse answers with Status. Heal takes it back.
+// Refuse answers with Status, Expire takes the token back. Heal takes it back.
 func (r *Registry) BreakUploads(f Fault) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

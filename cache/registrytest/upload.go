@@ -19,7 +19,7 @@ type upload struct {
 
 // upload answers POST, PATCH and PUT below …/blobs/uploads/: whole bodies and pieces.
 func (r *Registry) upload(w http.ResponseWriter, req *http.Request, repository, id string) {
-	if req.Method != http.MethodPost && r.spoil(w, req) {
+	if req.Method != http.MethodPost && r.spoil(w, req, repository) {
 		return
 	}
 	digest := fleet.Digest(req.URL.Query().Get("digest"))
@@ -60,13 +60,16 @@ func (r *Registry) upload(w http.ResponseWriter, req *http.Request, repository, 
 }
 
 // spoil draws a fault for an upload's request, and answers if there is one.
-func (r *Registry) spoil(w http.ResponseWriter, req *http.Request) bool {
+func (r *Registry) spoil(w http.ResponseWriter, req *http.Request, repository string) bool {
 	r.mu.Lock()
 	f := take(&r.uploadFaults)
 	r.mu.Unlock()
 	switch f.Kind {
 	case Refuse:
 		f.refuse(w)
+		return true
+	case Expire:
+		r.expire(w, req, repository)
 		return true
 	case Drop:
 		n, _ := io.CopyN(io.Discard, req.Body, f.At) // that it is cut is the point
