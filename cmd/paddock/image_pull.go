@@ -338,9 +338,8 @@ func (p *pull) look(s *cache.Store, d fleet.Digest) {
 		switch {
 		case i.Digest != d:
 		case i.State == fleet.ImageReady:
-			if _, total := p.bar.at(); total > 0 {
-				p.bar.tell(total, total)
-			}
+			total := p.whole(d)
+			p.bar.tell(total, total)
 		case i.Total > 0:
 			p.bar.begin(string(i.State))
 			p.bar.tell(i.Done, i.Total)
@@ -348,6 +347,20 @@ func (p *pull) look(s *cache.Store, d fleet.Digest) {
 			p.bar.begin(string(i.State))
 		}
 	}
+}
+
+// whole is what there was to fetch of an image that is ready, in bytes; it may have come
+// before anybody looked.
+func (p *pull) whole(d fleet.Digest) int64 {
+	if _, total := p.bar.at(); total > 0 {
+		return total
+	}
+	if v, err := cache.LookAt(p.dir, nil); err == nil {
+		if i, err := v.Image(d); err == nil {
+			return i.Done
+		}
+	}
+	return 0
 }
 
 // plan shows what a pull would do.
