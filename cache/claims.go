@@ -52,6 +52,7 @@ type claims struct {
 	wake  chan struct{} // has room for one
 	quiet bool          // its silence was logged
 
+	asked    bool
 	have     map[int]bool
 	granted  map[int]time.Time // until when
 	peers    []Source
@@ -204,6 +205,7 @@ func (p *supplies) ask() (Ask, []*waiter) {
 	moving := p.store.canMove(p.turn)
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.claims.asked = true
 	a := Ask{Ref: p.turn.ref, Image: p.image.Digest, Pieces: p.image.PieceCount()}
 	for n := range p.claims.have {
 		a.Have = append(a.Have, n)
@@ -248,7 +250,7 @@ func (p *supplies) arrived(piece int) {
 // farewell gives the claims back. If the site is silent, they lapse by themselves.
 func (p *supplies) farewell(ctx context.Context) {
 	p.mu.Lock()
-	known := p.claims.answered && p.claims.failing.IsZero()
+	known := p.claims.asked && p.claims.failing.IsZero()
 	p.mu.Unlock()
 	if !known {
 		return

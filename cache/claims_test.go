@@ -324,6 +324,42 @@ func TestClaimOfDeadNodeLapses(t *testing.T) {
 	})
 }
 
+// A peer is said to have all pieces and lacks one: that one comes from outside, the others
+// from the peer.
+func TestPeerThatLacksAPiece(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		shelf := newShelf()
+		h, m := shelf.put(t, "ABCDEF")
+		registry := newWell("registry", KindRegistry, shelf, 1e6)
+		v := newVillage(2)
+		half := openShelf(t, shelf)
+		free := shelf.hold(m.Chunks[2].Blob)
+		ended := make(chan error, 1)
+		go func() { ended <- half.Pull(t.Context(), h) }()
+		synctest.Wait()
+		all := map[int]bool{}
+		for n := range m.PieceCount() {
+			all[n] = true
+		}
+		v.stores["half"], v.have["half"] = half, all
+		s := v.settle(t, "mac", Config{Streams: 1}, registry)
+		pullTook(t, s, h)
+		outside := 0
+		for _, content := range registry.asked {
+			if content != m.Config.Digest {
+				outside++
+			}
+		}
+		if outside != 1 || !slices.Contains(registry.asked, m.Chunks[2].Content) {
+			t.Errorf("%d pieces came from outside; want the missing one", outside)
+		}
+		free()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // A site that fails, or does not answer at all, delays a pull by three seconds at most,
 // and is complained of once.
 func TestSilentSite(t *testing.T) {

@@ -162,12 +162,16 @@ func (p *supplies) schedule() {
 
 // serve gives a waiter its supply or its error, if it can; p.mu is held.
 func (p *supplies) serve(x *waiter) bool {
+	full := len(p.open) >= p.store.allowed()
+	if full && p.claims == nil {
+		return false // there is no wish to find out
+	}
 	src, wire, err := p.pick(x)
 	switch {
 	case err != nil:
 		x.got <- chosen{err: err}
 		return true
-	case src == nil, len(p.open) >= p.store.allowed():
+	case src == nil, full:
 		return false
 	}
 	s := &supply{fetch: x.fetch, supplies: p, source: src, want: x.want, piece: x.piece, left: wire, wire: wire, last: time.Now()}
@@ -324,7 +328,8 @@ func (s *supply) settle(err error) {
 	} else {
 		s.credit(0)
 	}
-	refused := !ours && (class == ClassAuth || class == ClassNotFound)
+	// A peer that has not got one piece may have the others.
+	refused := !ours && (class == ClassAuth || class == ClassNotFound && s.source.Kind() != KindPeer)
 	if refused {
 		p.out[name] = err
 	}
