@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"errors"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -29,9 +30,40 @@ func cloned(err error, src, dst string) (bool, error) {
 	}
 }
 
-// punch would make holes of the regions; APFS wants whole blocks for that, which chunks
-// need not be. They are overwritten in full instead, zeros too.
-func punch(_ *os.File, _ []int64, _ int64) bool { return false }
+// punch makes holes of the regions; false: the file system cannot, and they hold what
+// they held, or zeros.
+func punch(f *os.File, offsets []int64, size int64) bool {
+	for _, offset := range offsets {
+		if !punchOne(f, offset, offset+size) {
+			return false
+		}
+	}
+	return true
+}
+
+// punchOne makes a hole of [from, to). APFS takes whole blocks only; what is left of a
+// block at an end is overwritten with zeros.
+func punchOne(f *os.File, from, to int64) bool {
+	first, last := (from+hole-1)/hole*hole, to/hole*hole
+	if first >= last {
+		_, err := f.WriteAt(zeros[:to-from], from) // less than two blocks
+		return err == nil
+	}
+	if _, err := f.WriteAt(zeros[:first-from], from); err != nil {
+		return false
+	}
+	if _, err := f.WriteAt(zeros[:to-last], last); err != nil {
+		return false
+	}
+	// struct fpunchhole (flags, reserved, offset, length) is how struct fstore begins.
+	region := unix.Fstore_t{Offset: first, Length: last - first}
+	if err := unix.FcntlFstore(f.Fd(), unix.F_PUNCHHOLE, &region); err != nil {
+		return false
+	}
+	// What is written into a hole leaves zeros out, so it had better be one.
+	data, err := f.Seek(first, unix.SEEK_DATA)
+	return errors.Is(err, unix.ENXIO) || err == nil && data >= last
+}
 
 // reflinkRange would share blocks of two files; APFS clones whole files only.
 func reflinkRange(_, _ *os.File, _, _, _ int64) (bool, error) { return false, nil }

@@ -61,6 +61,7 @@ func TestDiskFull(t *testing.T) {
 		if err != nil || !strings.Contains(string(out), "--- PASS: TestDiskFull") {
 			t.Fatalf("%v\n%s", err, out)
 		}
+		t.Logf("%s", out)
 		return
 	}
 	const step, streams = 192 << 10, 2

@@ -33,9 +33,12 @@ func (s *Store) openPartial(h fleet.Hold) (*partial, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	// The reference, for the list after a restart.
-	if err := writeMeta(dir, h.Ref); err != nil {
-		return nil, err
+	// The reference, for the list after a restart. It is not written again for nothing: a
+	// full disk would leave it empty.
+	if ref, _ := readMeta(dir); ref != h.Ref {
+		if err := writeMeta(dir, h.Ref); err != nil {
+			return nil, err
+		}
 	}
 	j, err := openJournal(filepath.Join(dir, journalFile))
 	if err != nil {
