@@ -19,8 +19,11 @@
 //     only reserves its choice for the rest of this pass, orders its image if that
 //     is missing, and is planned again at the next event (late binding).
 //  5. What is left of the free slots goes to the pools' minimum of idle VMs.
+//  6. Where clones have too little room to grow, images go that are missed least. So they
+//     do for a pull that step 4 or 5 orders; what was ordered out before goes on leaving.
 //
-// The controller calls Make at every event; Explain runs the same pass and keeps the
+// The controller calls Make at every event; Evictions runs the same pass and says of every
+// image why it goes or stays; Explain runs the same pass and keeps the
 // whole table for one job; the simulator calls both in virtual time.
 package placement
 
