@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"fmt"
+	"hash/fnv"
 	"math/rand/v2"
 	"slices"
 	"strconv"
@@ -95,7 +96,7 @@ func (s *Store) Chunks(ctx context.Context, w ChunkWord, l ChunkLimits) (ChunkAn
 	args := []any{
 		swarm, ringSize, string(w.Node), have, flag(w.Serves), flag(w.Ready), flag(w.Leave),
 		l.Claim.Milliseconds(), l.Silent.Milliseconds(), l.Left.Milliseconds(),
-		l.Open, l.Nodes, l.Swarms, l.Peers, rand.IntN(1 << 30),
+		l.Open, l.Nodes, l.Swarms, l.Peers, draw(w.Node, time.Now()),
 	}
 	args = append(append(args, len(fetching)), fetching...)
 	args = append(append(args, insisted, wished, len(look)), look...)
@@ -153,6 +154,18 @@ func (w *ChunkWord) look(have []byte) (look []any, insisted, wished int, err err
 		}
 	}
 	return look, insisted, wished, nil
+}
+
+// drawAgain is how long a node is told of the same nodes out of several that have a piece:
+// its connections and tokens for them serve again.
+const drawAgain = 5 * time.Minute
+
+// draw is the number by which the script picks among nodes: another one for each node, so
+// that not all come to the same.
+func draw(node fleet.NodeID, now time.Time) int {
+	h := fnv.New32a()
+	_, _ = h.Write([]byte(node))
+	return int(h.Sum32()>>2) + int(now.Unix()/int64(drawAgain/time.Second))%1000
 }
 
 // missing are the pieces of a list that are not in have and not in seen yet, and puts
