@@ -54,7 +54,12 @@ func TestLook(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	pulled := make(chan error, 1)
 	go func() { pulled <- w.store.Pull(ctx, half) }()
-	defer func() { cancel(); _ = <-pulled }()
+	defer func() {
+		cancel()
+		if err := <-pulled; err == nil {
+			t.Error("a pull that hangs ended well")
+		}
+	}()
 	await(t, w.dir, half.Digest, 2)
 	spoilt := filepath.Join(w.dir, "images", strings.Repeat("5", 64))
 	for _, dir := range []string{spoilt, filepath.Join(w.dir, "images", "no digest")} {
