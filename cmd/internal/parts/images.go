@@ -48,6 +48,13 @@ func Sources(c config.Node, token func(ctx context.Context, repository string) (
 type images struct {
 	*cache.Store
 	peer *peer.Server
+	near *peer.Client
+}
+
+// Close closes the store, and the connections to peers.
+func (i *images) Close() error {
+	i.near.Close()
+	return i.Store.Close()
 }
 
 // openImages opens a node's images with all their sources.
@@ -65,7 +72,7 @@ func openImages(ctx context.Context, c NodeConfig, client *api.Client) (*images,
 	if err != nil {
 		return nil, err
 	}
-	tokens, err := node.NewTokens(node.TokensConfig{Node: id, PullToken: client.PullToken})
+	tokens, err := node.NewTokens(node.TokensConfig{Node: id, PullToken: client.PullToken, Log: c.Log})
 	if err != nil {
 		return nil, err
 	}
@@ -85,5 +92,5 @@ func openImages(ctx context.Context, c NodeConfig, client *api.Client) (*images,
 		_ = store.Close() // nothing was done with it
 		return nil, err
 	}
-	return &images{Store: store, peer: port}, nil
+	return &images{Store: store, peer: port, near: near}, nil
 }
