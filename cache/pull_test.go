@@ -237,9 +237,6 @@ func TestPullRidesOut(t *testing.T) {
 	w.reg.Break(at(0), registrytest.Fault{Kind: registrytest.Drop, At: 30_000, Times: 1})
 	w.reg.Break(at(1), registrytest.Fault{Kind: registrytest.Refuse, Status: 503, Times: 2})
 	w.reg.Break(at(2), registrytest.Fault{Kind: registrytest.Refuse, Status: 429, RetryAfter: "0", Times: 1})
-	// Cut, and then the whole blob comes where a part was asked for.
-	w.reg.Break(at(3), registrytest.Fault{Kind: registrytest.Drop, At: 30_000, Times: 1})
-	w.reg.Break(at(3), registrytest.Fault{Kind: registrytest.IgnoreRange, Times: 1})
 	if err := w.store.Pull(t.Context(), hold); err != nil {
 		t.Fatal(err)
 	}
@@ -250,6 +247,22 @@ func TestPullRidesOut(t *testing.T) {
 	}
 	if n := counts.Requests[at(1)]; n != 3 {
 		t.Errorf("%d requests for what was refused twice; want 3", n)
+	}
+}
+
+// A connection is cut, and then the whole blob comes where a part was asked for: what has
+// come already is passed over.
+func TestPullPassesOver(t *testing.T) {
+	w := newWorld(t)
+	hold, disk, m := w.push(t, "base", "abcdef")
+	w.reg.Break(m.Chunks[3].Blob, registrytest.Fault{Kind: registrytest.Drop, At: 30_000, Times: 1})
+	w.reg.Break(m.Chunks[3].Blob, registrytest.Fault{Kind: registrytest.IgnoreRange, Times: 1})
+	if err := w.store.Pull(t.Context(), hold); err != nil {
+		t.Fatal(err)
+	}
+	checkDisk(t, w.store, hold.Digest, disk)
+	if n := w.reg.Counts().Requests[m.Chunks[3].Blob]; n != 2 {
+		t.Errorf("%d requests for what was cut once; want 2", n)
 	}
 }
 
