@@ -111,6 +111,7 @@ type station struct {
 	looked   atomic.Int32 // calls of the store for others
 	client   *Client
 	head     time.Duration // that a request's head may take; 0: as in earnest
+	strange  time.Duration // that a connection may be without a token; 0: long, for busy machines
 	server   *Server
 	stop     func() // ends the server, and returns when no transfer is left
 }
@@ -157,6 +158,9 @@ func (s *station) listen(t testing.TB, h *home, change func(*Config)) {
 	}
 	if s.head > 0 {
 		s.server.head = s.head
+	}
+	if s.server.door.strange = s.strange; s.strange == 0 {
+		s.server.door.strange = 30 * time.Second
 	}
 	key, err := h.key.PeerKey()
 	if err != nil {

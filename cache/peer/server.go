@@ -65,7 +65,7 @@ type Config struct {
 	Encoders int
 	// Stall is how long bytes may not move before a transfer is cut; 0: 30 s.
 	Stall time.Duration
-	// Now is for the tokens' ends; nil: time.Now.
+	// Now is for the tokens' ends, which are by the controller's clock; nil: time.Now.
 	Now func() time.Time
 	// Log gets what is refused for reasons of ours; nil: none.
 	Log *slog.Logger
@@ -81,8 +81,11 @@ type Server struct {
 	verifier atomic.Pointer[access.PeerVerifier]
 	bound    atomic.Pointer[string] // the address others are told; nil: not listening
 	sent     atomic.Int64
-	head     time.Duration  // headTime
+	head     time.Duration // headTime
+	door     *door
 	running  sync.WaitGroup // requests
+	// Said once, since who dials could say it without end.
+	expired, foreign sync.Once
 }
 
 // NewServer checks the configuration; nothing listens yet.
@@ -111,7 +114,7 @@ func NewServer(c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Server{c: c, log: c.Log, places: newPlaces(c.Transfers), encoders: make(chan struct{}, c.Encoders), head: headTime}
+	s := &Server{c: c, log: c.Log, places: newPlaces(c.Transfers), encoders: make(chan struct{}, c.Encoders), head: headTime, door: newDoor(time.Now, strangeTime)}
 	if c.Bandwidth > 0 {
 		// The burst is one write: what goes out at once is never more than that.
 		s.pace = rate.NewLimiter(rate.Limit(c.Bandwidth), writeSize)
@@ -182,6 +185,7 @@ func (s *Server) serve(ctx context.Context) error {
 		MaxHeaderBytes:    maxHead,
 		Protocols:         new(http.Protocols),
 		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ConnContext:       withVisit,
 		// Whoever dials can fill it: it is for who looks, not for who is on duty.
 		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
@@ -191,7 +195,8 @@ func (s *Server) serve(ctx context.Context) error {
 		defer close(closed)
 		_ = server.Close() // connections too: who fetched goes on elsewhere, at the byte
 	})
-	err = server.Serve(tls.NewListener(newDoor(listener, s.c.Now), s.tls()))
+	s.door.Listener = listener
+	err = server.Serve(tls.NewListener(s.door, s.tls()))
 	if stop() { // it broke by itself
 		_ = server.Close()
 	} else {
@@ -228,8 +233,11 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	receiver, err := s.admit(r, t.image)
 	switch {
 	case err != nil:
-		s.log.Debug("a request at the port for other nodes was refused", "from", r.RemoteAddr, "error", err)
+		s.refused(r.RemoteAddr, err)
 		refuse(w, http.StatusUnauthorized, "a peer token for this node and image is needed")
+	case !stays(r, receiver):
+		w.Header().Set("Retry-After", retryAfter)
+		refuse(w, http.StatusServiceUnavailable, "every place for connections is taken")
 	case !known:
 		refuse(w, http.StatusNotFound, "no such place")
 	case r.Method != http.MethodGet || r.ContentLength != 0:
@@ -255,6 +263,27 @@ func (s *Server) admit(r *http.Request, d fleet.Digest) (fleet.NodeID, error) {
 		return "", fmt.Errorf("%w: it is not shown with the certificate of node %s", access.ErrPeerElsewhere, grant.Receiver)
 	}
 	return grant.Receiver, nil
+}
+
+// stays has the connection count as the receiver's from now on; false: there is no place.
+func stays(r *http.Request, receiver fleet.NodeID) bool {
+	v, ok := r.Context().Value(visitKey{}).(*visit)
+	return !ok || v.admit(receiver)
+}
+
+// refused notes why a request was: what points to a fault of this node, aloud, once.
+func (s *Server) refused(from string, err error) {
+	s.log.Debug("a request at the port for other nodes was refused", "from", from, "error", err)
+	switch {
+	case errors.Is(err, access.ErrExpired): // the fleet's signature is good
+		s.expired.Do(func() {
+			s.log.Warn("another node's token had expired when it came, and nothing is served for such; said once (hint: is this host's clock right? sntp -sS time.apple.com)", "from", from)
+		})
+	case errors.Is(err, access.ErrSignature):
+		s.foreign.Do(func() {
+			s.log.Warn("a token that another key signed came to the port for other nodes; said once (hint: a node of another fleet, or one whose controller has another fleet key)", "from", from)
+		})
+	}
 }
 
 // shown is the hash of the client's certificate, whose key the handshake proved; "": none.
