@@ -7,7 +7,8 @@ import (
 )
 
 // ChunksRequest is a node's word on an image that it pulls; see cache.Ask, which it is on
-// the wire.
+// the wire. With no Pieces and no lists it is the word of a node that has not got the
+// manifest yet, and the answer names peers that have it, without their pieces.
 type ChunksRequest struct {
 	Image    fleet.Digest `json:"image"`
 	Ref      string       `json:"ref"`

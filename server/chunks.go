@@ -49,7 +49,15 @@ func (s *Server) chunks(ctx context.Context, c call, q api.ChunksRequest) (api.C
 		return api.ChunksReply{}, err
 	}
 	self := known.view.Nodes[node]
-	ready := slices.DeleteFunc(slices.Clone(known.ready[place{self.Site, q.Image}]), func(n *fleet.Node) bool { return n.ID == node })
+	others := func(nodes []*fleet.Node) []*fleet.Node {
+		return slices.DeleteFunc(slices.Clone(nodes), func(n *fleet.Node) bool { return n.ID == node })
+	}
+	ready := others(known.ready[place{self.Site, q.Image}])
+	if q.Pieces == 0 {
+		reply := api.ChunksReply{Again: againSoon}
+		reply.Peers, err = s.manifestPeers(self, q.Image, ready, others(known.parts[place{self.Site, q.Image}]), c.now)
+		return reply, err
+	}
 	answer, err := s.c.Store.Chunks(ctx, store.ChunkWord{
 		Site: self.Site, Image: q.Image, Node: node, Pieces: q.Pieces, Have: have,
 		Serves: self.Peer.Address != "", Ready: len(ready) > 0,
@@ -133,8 +141,8 @@ func checkChunks(q *api.ChunksRequest) (have []byte, err error) {
 	if err := fleet.CheckDigest(q.Image); err != nil {
 		return nil, bad(cut(err.Error()))
 	}
-	if q.Pieces < 1 || q.Pieces > maxPieces {
-		return nil, bad(fmt.Sprintf("%d pieces; want 1 to %d", q.Pieces, maxPieces))
+	if q.Pieces < 0 || q.Pieces > maxPieces {
+		return nil, bad(fmt.Sprintf("%d pieces; want at most %d", q.Pieces, maxPieces))
 	}
 	if long(maxText, q.Ref) {
 		return nil, bad("an overlong image reference")
@@ -160,6 +168,20 @@ func checkChunks(q *api.ChunksRequest) (have []byte, err error) {
 // they matter, and all together not too often.
 func again(pulling int) time.Duration {
 	return min(againAtMost, againSoon*time.Duration(max(againNodes, pulling))/againNodes)
+}
+
+// manifestPeers answers a node that has not even the manifest, and so cannot say a word on
+// pieces: nodes of the site that have it, since they have the image or parts of it.
+func (s *Server) manifestPeers(self *fleet.Node, d fleet.Digest, ready, parts []*fleet.Node, now time.Time) (peers []api.Peer, err error) {
+	nodes := append(someOf(ready, readyPeers, self.ID, now), someOf(parts, maxPeers-readyPeers, self.ID, now)...)
+	for _, n := range nodes {
+		token, err := s.peerTokens.token(self, n, d, now)
+		if err != nil {
+			return nil, err
+		}
+		peers = append(peers, api.Peer{Node: n.ID, NodePeer: n.Peer, Token: token})
+	}
+	return peers, nil
 }
 
 // peers are nodes of the site that have the image or parts of it, with a token for each.

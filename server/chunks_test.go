@@ -147,6 +147,42 @@ func TestReadyPeers(t *testing.T) {
 	}
 }
 
+// A node that has not got the manifest yet is told who has it: who has the image, and who
+// has bytes of it. It is no puller of pieces by that, and nothing is granted.
+func TestManifestPeers(t *testing.T) {
+	h := newHouse(t)
+	m := h.puller("mac1", fleet.ImageCaching)
+	h.puller("mac2", fleet.ImageCaching) // has nothing yet
+	three := h.puller("mac3", fleet.ImagePaused)
+	three.images[0].Done = 1
+	three.say()
+	h.puller("mac4", fleet.ImageReady)
+	far := h.puller("mac5", fleet.ImageReady)
+	far.site = "elsewhere"
+	far.say()
+	h.advance(sitesAge)
+	r := m.asks(api.ChunksRequest{Image: digest, Ref: ref})
+	if !slices.Equal(peerNames(r), []fleet.NodeID{"mac3", "mac4"}) || len(r.Grant) != 0 || r.Again != againSoon {
+		t.Fatalf("%+v", r)
+	}
+	verifier, err := access.ParsePeerKey(m.say().PeerKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range r.Peers {
+		if _, err := verifier.Verify(p.Token, p.Node, digest, h.clock()); err != nil || p.Have != "" || p.Address == "" {
+			t.Errorf("%+v, %v", p, err)
+		}
+	}
+	for i := range 40 {
+		h.puller(fleet.NodeID(fmt.Sprint("mac", 100+i)), fleet.ImageReady)
+	}
+	h.advance(sitesAge)
+	if r := m.asks(api.ChunksRequest{Image: digest, Ref: ref}); len(r.Peers) != readyPeers+1 || !slices.Contains(peerNames(r), "mac3") {
+		t.Errorf("of many are told %v", peerNames(r))
+	}
+}
+
 // mac1 leaves with parts: it is a peer while it reports the image, and is forgotten after.
 func TestLeftPeers(t *testing.T) {
 	h := newHouse(t)
@@ -240,7 +276,8 @@ func TestChunksRefused(t *testing.T) {
 		"not ordered":       {"mac1", mac1, with(func(q *api.ChunksRequest) { q.Image = "sha256:" + fleet.Digest(strings.Repeat("9", 64)) }), 403},
 		"an unknown node":   {"mac7", h.token(access.Node, "mac7"), string(good), 503},
 		"no digest":         {"mac1", mac1, with(func(q *api.ChunksRequest) { q.Image = "../x" }), 400},
-		"no pieces":         {"mac1", mac1, with(func(q *api.ChunksRequest) { q.Pieces = 0 }), 400},
+		"lists of no piece": {"mac1", mac1, with(func(q *api.ChunksRequest) { q.Pieces = 0 }), 400},
+		"fewer than none":   {"mac1", mac1, with(func(q *api.ChunksRequest) { q.Pieces = -1 }), 400},
 		"too many pieces":   {"mac1", mac1, with(func(q *api.ChunksRequest) { q.Pieces = maxPieces + 1 }), 400},
 		"a piece too many":  {"mac1", mac1, with(func(q *api.ChunksRequest) { q.Want = []int{10} }), 400},
 		"a piece below":     {"mac1", mac1, with(func(q *api.ChunksRequest) { q.Fetching = []int{-1} }), 400},

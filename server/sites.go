@@ -35,6 +35,7 @@ type sites struct {
 	view  *store.View
 	at    time.Time
 	ready map[place][]*fleet.Node // that serve all of an image, by id
+	parts map[place][]*fleet.Node // that pull it, have bytes of it and serve, by id
 	// outside are the nodes that fetch from outside their site now, as far as that matters.
 	outside map[fleet.NodeID]bool
 }
@@ -76,24 +77,29 @@ func (s *Server) lookAtSites(ctx context.Context, now time.Time) (*sites, error)
 	if err != nil {
 		return nil, err
 	}
-	fresh := &sites{view: view, at: now, ready: map[place][]*fleet.Node{}, outside: map[fleet.NodeID]bool{}}
+	fresh := &sites{view: view, at: now, ready: map[place][]*fleet.Node{}, parts: map[place][]*fleet.Node{}, outside: map[fleet.NodeID]bool{}}
 	for id, n := range view.Nodes {
 		if now.Sub(n.SeenAt) >= peerSilent {
 			continue
 		}
 		for i := range n.Images {
 			image := &n.Images[i]
-			if image.State == fleet.ImageReady && n.Peer.Address != "" {
-				at := place{n.Site, image.Digest}
+			switch at := (place{n.Site, image.Digest}); {
+			case n.Peer.Address == "":
+			case image.State == fleet.ImageReady:
 				fresh.ready[at] = append(fresh.ready[at], n)
+			case holds(image.State) && image.Done > 0:
+				fresh.parts[at] = append(fresh.parts[at], n)
 			}
 			if image.State == fleet.ImageCaching && demanded(view.Orders[id], image.Digest) {
 				fresh.outside[id] = true
 			}
 		}
 	}
-	for _, nodes := range fresh.ready {
-		slices.SortFunc(nodes, func(a, b *fleet.Node) int { return compareIDs(a.ID, b.ID) })
+	for _, by := range []map[place][]*fleet.Node{fresh.ready, fresh.parts} {
+		for _, nodes := range by {
+			slices.SortFunc(nodes, func(a, b *fleet.Node) int { return compareIDs(a.ID, b.ID) })
+		}
 	}
 	claimants, err := s.c.Store.Claimants(ctx)
 	if err != nil {
