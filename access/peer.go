@@ -4,6 +4,7 @@ import (
 	"crypto/ed25519"
 	"encoding/base64"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"time"
@@ -37,17 +38,44 @@ type PeerGrant struct {
 // ErrPeerElsewhere refuses a token at a node or for an image that it does not name.
 var ErrPeerElsewhere = &Error{"the peer token is for another node, image or receiver", "each token opens one image on one node for one other node"}
 
-// SignPeer makes the token of a grant. All but ReceiverCertificate must be set.
-func (k Key) SignPeer(g PeerGrant) (Token, error) {
+// PeerSigner signs grants. It holds the one subkey that this needs, derived once: that
+// costs as much as a signature. The zero one signs nothing and fails with ErrKey.
+type PeerSigner struct{ key ed25519.PrivateKey }
+
+// PeerSigner derives what signs this key's grants.
+func (k Key) PeerSigner() (PeerSigner, error) {
+	signer, err := k.signer(purposePeer)
+	return PeerSigner{signer}, err
+}
+
+// Format, LogValue and MarshalText keep the key out of logs and errors.
+func (p PeerSigner) Format(f fmt.State, _ rune)   { _, _ = f.Write([]byte(redacted)) }
+func (p PeerSigner) LogValue() slog.Value         { return slog.StringValue(redacted) }
+func (p PeerSigner) MarshalText() ([]byte, error) { return []byte(redacted), nil }
+
+// Sign makes the token of a grant. All but ReceiverCertificate must be set.
+func (p PeerSigner) Sign(g PeerGrant) (Token, error) {
 	if err := g.check(); err != nil {
 		return "", fmt.Errorf("sign a peer token for %q at %q: %w", g.Receiver, g.Server, err)
 	}
 	if g.ExpiresAt.IsZero() {
 		return "", fmt.Errorf("sign a peer token for %q at %q: it must end some time", g.Receiver, g.Server)
 	}
+	if p.key == nil {
+		return "", fmt.Errorf("sign a peer token for %q at %q: %w", g.Receiver, g.Server, ErrKey)
+	}
 	r := registered("", string(g.Receiver), time.Time{}, g.ExpiresAt)
 	r.Audience = jwt.ClaimStrings{string(g.Server)}
-	return k.sign(purposePeer, peerPrefix, claims{Certificate: g.ReceiverCertificate, Image: g.Image, RegisteredClaims: r})
+	return signed(p.key, peerPrefix, claims{Certificate: g.ReceiverCertificate, Image: g.Image, RegisteredClaims: r})
+}
+
+// SignPeer is PeerSigner's Sign for a single token.
+func (k Key) SignPeer(g PeerGrant) (Token, error) {
+	signer, err := k.PeerSigner()
+	if err != nil {
+		return "", err
+	}
+	return signer.Sign(g)
 }
 
 // check holds a grant to what its fields can be at all.

@@ -2,6 +2,7 @@ package access
 
 import (
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -134,6 +135,40 @@ func TestSignPeerRefusesHalfAGrant(t *testing.T) {
 		t.Errorf("without a key: %v", err)
 	}
 	if _, err := (Key{}).PeerKey(); !errors.Is(err, ErrKey) {
+		t.Errorf("without a key: %v", err)
+	}
+}
+
+// A signer is the key's, derived once: what it signs is believed, a token costs it less
+// than it costs the key, and it does not print what it holds.
+func TestPeerSigner(t *testing.T) {
+	key := NewKey()
+	signer, err := key.PeerSigner()
+	if err != nil {
+		t.Fatal(err)
+	}
+	token, err := signer.Sign(grant())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := peerVerifier(t, key).Verify(string(token), "mac-2", anImage, now); err != nil || got != grant() {
+		t.Errorf("%+v, %v", got, err)
+	}
+	cost := func(sign func(PeerGrant) (Token, error)) float64 {
+		return testing.AllocsPerRun(20, func() {
+			if _, err := sign(grant()); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+	if once, anew := cost(signer.Sign), cost(key.SignPeer); once >= anew {
+		t.Errorf("%v allocations for a signature, %v with the derivation", once, anew)
+	}
+	text, err := json.Marshal(map[string]any{"signer": signer})
+	if shown := fmt.Sprintf("%v %+v %x %s", signer, signer, signer, text); err != nil || strings.Count(shown, redacted) != 4 || len(shown) > 100 {
+		t.Errorf("it prints as %s, %v", shown, err)
+	}
+	if token, err := (PeerSigner{}).Sign(grant()); !errors.Is(err, ErrKey) || token != "" {
 		t.Errorf("without a key: %v", err)
 	}
 }

@@ -138,6 +138,10 @@ func (k Key) sign(purpose, prefix string, c claims) (Token, error) {
 	if err != nil {
 		return "", err
 	}
+	return signed(signer, prefix, c)
+}
+
+func signed(signer ed25519.PrivateKey, prefix string, c claims) (Token, error) {
 	text, err := jwt.NewWithClaims(jwt.SigningMethodEdDSA, c).SignedString(signer)
 	if err != nil {
 		return "", fmt.Errorf("sign a token: %w", err)

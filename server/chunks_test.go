@@ -227,7 +227,11 @@ func TestPeerTokensAreKept(t *testing.T) {
 	if again := m.asks(lacks()).Peers[0].Token; again == first {
 		t.Error("the token is bound to a certificate that the node has no more")
 	}
-	p := newPeerTokens(h.key)
+	signer, err := h.key.PeerSigner()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := newPeerTokens(signer)
 	now := h.clock()
 	receiver, server := &fleet.Node{ID: "mac1"}, &fleet.Node{ID: "mac2"}
 	token := func(d fleet.Digest) string {

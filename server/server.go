@@ -118,6 +118,10 @@ func New(c Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("server: the fleet key: %w", err)
 	}
+	signer, err := c.Key.PeerSigner()
+	if err != nil {
+		return nil, fmt.Errorf("server: the fleet key: %w", err)
+	}
 	if c.Pools == nil {
 		c.Pools = func() []fleet.Pool { return nil }
 	}
@@ -135,7 +139,7 @@ func New(c Config) (*Server, error) {
 	}
 	s := &Server{c: c, log: c.Log, verifier: verifier, metrics: newMetrics(c.Metrics), drain: make(chan struct{}),
 		ledger: newLedgerCache(c.Store.ReadLedger), bodyTime: bodyTime, waiters: waiters{by: map[string]*waiter{}}, times: usualTimes,
-		peerKey: peerKey, peerTokens: newPeerTokens(c.Key), pullTokens: newPullTokens()}
+		peerKey: peerKey, peerTokens: newPeerTokens(signer), pullTokens: newPullTokens()}
 	s.engine = s.routes()
 	return s, nil
 }
