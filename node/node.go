@@ -17,8 +17,9 @@
 //  4. It syncs: the whole inventory goes out, a reply comes back and is applied. News
 //     ends a parked call early; an error is tried again and stops no VM.
 //  5. It pulls what the last reply asked to hold, most urgent first.
-//  6. It serves other nodes what its image store has, at the peer port (cache/peer), and
-//     asks the controller for the store's pulls who has what (Site).
+//  6. It serves other nodes what its image store has, at the peer port (cache/peer), by
+//     the controller's time (Clock), and asks the controller for the store's pulls who has
+//     what (Site).
 //  7. When it is stopped it ends every VM, or leaves them for the next start (Keep).
 package node
 
@@ -132,6 +133,8 @@ type Config struct {
 	Site string
 	// Peer serves other nodes while the agent runs; nil: none are.
 	Peer Peer
+	// Clock is measured while the agent runs; nil: none is.
+	Clock *Clock
 	// Limit is told what pulls may move, at each change; nil: nobody is. *cache.Store's.
 	Limit func(cache.Limits)
 	// Bandwidth is what pulls may move in bytes per second, from anywhere, and BandwidthBusy
@@ -275,6 +278,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	parts.Go(func() { a.watchImages(ctx) })
 	if a.c.Peer != nil {
 		parts.Go(func() { a.c.Peer.Run(ctx) })
+	}
+	if a.c.Clock != nil {
+		parts.Go(func() { a.c.Clock.Run(ctx) })
 	}
 	parts.Go(func() { a.sync(ctx, lives) })
 	<-ctx.Done()

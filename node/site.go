@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"time"
 
@@ -27,6 +28,7 @@ type SiteConfig struct {
 	// certificate's hash and a token for it, that has what has says; (*peer.Client).Source.
 	// nil: nothing is fetched from other nodes.
 	Source func(id fleet.NodeID, at fleet.NodePeer, token access.Token, has func(cache.Want) bool) cache.Source
+	Log    *slog.Logger // nil: nothing is logged
 }
 
 // Site is the other nodes nearby as the image store sees them, through the controller. It
@@ -40,11 +42,14 @@ func NewSite(c SiteConfig) (*Site, error) {
 	if c.Chunks == nil {
 		return nil, errors.New("site: Chunks is needed")
 	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
 	return &Site{c: c}, nil
 }
 
 // Ask passes a pull's word on, and returns what it may fetch from outside and the nodes
-// that have the rest.
+// that have the rest. What is not to be understood of one node costs that node only.
 func (s *Site) Ask(ctx context.Context, a cache.Ask) (cache.Answer, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTime)
 	defer cancel()
@@ -67,7 +72,8 @@ func (s *Site) Ask(ctx context.Context, a cache.Ask) (cache.Answer, error) {
 		}
 		has, err := s.pieces(p, a.Pieces)
 		if err != nil {
-			return cache.Answer{}, err
+			s.c.Log.Debug("a peer is left out", "image", a.Image.Short(), "error", err) // at each ask
+			continue
 		}
 		answer.Peers = append(answer.Peers, s.c.Source(p.Node, p.NodePeer, access.Token(p.Token), has))
 	}

@@ -37,7 +37,8 @@ func newNamed(id fleet.NodeID, at fleet.NodePeer, token access.Token, has func(c
 func want(index int) cache.Want { return cache.Want{Chunk: image.Chunk{Index: index}} }
 
 // mac-1 pulls an image of 20 chunks, NVRAM and config: 22 pieces. mac-2 has chunks 0, 9
-// and 19 and the config, mac-3 has all, mac-4 listens nowhere.
+// and 19 and the config, mac-3 has all, mac-4 listens nowhere. What is said of mac-2 and
+// cannot be read costs mac-2 only.
 func TestAsk(t *testing.T) {
 	theirs := writeBits([]int{0, 9, 19, 21}, 22)
 	var asked api.ChunksRequest
@@ -86,8 +87,9 @@ func TestAsk(t *testing.T) {
 
 	for name, have := range map[string]string{"too long": writeBits([]int{25}, 30), "no base64": "§"} {
 		reply.Peers[0].Have = have
-		if _, err := site.Ask(t.Context(), cache.Ask{Image: base, Pieces: 22}); err == nil {
-			t.Errorf("%s: taken", name)
+		answer, err := site.Ask(t.Context(), cache.Ask{Image: base, Pieces: 22, Want: []int{3}})
+		if err != nil || len(answer.Peers) != 1 || answer.Peers[0].(*named).id != "mac-3" || !slices.Equal(answer.Grant, []int{3}) {
+			t.Errorf("%s: granted %v, peers %v, %v; want all but mac-2", name, answer.Grant, answer.Peers, err)
 		}
 	}
 }

@@ -47,8 +47,9 @@ func Sources(c config.Node, token func(ctx context.Context, repository string) (
 // images are a node's store and its ways to other nodes of the site.
 type images struct {
 	*cache.Store
-	peer *peer.Server
-	near *peer.Client
+	peer  *peer.Server
+	near  *peer.Client
+	clock *node.Clock
 }
 
 // Close closes the store, and the connections to peers.
@@ -68,7 +69,11 @@ func openImages(ctx context.Context, c NodeConfig, client *api.Client) (*images,
 	if err != nil {
 		return nil, err
 	}
-	site, err := node.NewSite(node.SiteConfig{Node: id, Chunks: client.Chunks, Source: near.Source})
+	site, err := node.NewSite(node.SiteConfig{Node: id, Chunks: client.Chunks, Source: near.Source, Log: c.Log})
+	if err != nil {
+		return nil, err
+	}
+	clock, err := node.NewClock(node.ClockConfig{Ask: client.Clock, Log: c.Log})
 	if err != nil {
 		return nil, err
 	}
@@ -86,11 +91,11 @@ func openImages(ctx context.Context, c NodeConfig, client *api.Client) (*images,
 	}
 	port, err := peer.NewServer(peer.Config{
 		Node: id, Identity: identity, Pieces: store, Listen: c.Node.Peer.Listen, Address: c.Node.Peer.Address,
-		Bandwidth: int64(c.Node.Peer.Bandwidth), Log: c.Log,
+		Bandwidth: int64(c.Node.Peer.Bandwidth), Now: clock.Now, Log: c.Log,
 	})
 	if err != nil {
 		_ = store.Close() // nothing was done with it
 		return nil, err
 	}
-	return &images{Store: store, peer: port, near: near}, nil
+	return &images{Store: store, peer: port, near: near, clock: clock}, nil
 }

@@ -118,7 +118,7 @@ func NewNode(ctx context.Context, c NodeConfig) (*Node, error) {
 	agent, err := node.New(node.Config{
 		ID: fleet.NodeID(c.Node.Name), Tags: c.Node.Tags, Slots: c.Node.Slots, Memory: hostMemory(), Dir: c.Node.Dir,
 		Driver: c.Node.Driver, Version: c.Version, Machines: machines, Images: images, Sync: client.Sync, Sessions: client,
-		Site: c.Node.Site, Peer: images.peer, Limit: images.Limit, Streams: c.Node.Streams,
+		Site: c.Node.Site, Peer: images.peer, Clock: images.clock, Limit: images.Limit, Streams: c.Node.Streams,
 		Bandwidth: int64(c.Node.Bandwidth), BandwidthBusy: int64(c.Node.BandwidthBusy),
 		Renewed: func(credential string) error {
 			endpoint.Token = credential
