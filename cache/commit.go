@@ -8,16 +8,17 @@ import (
 	"time"
 )
 
-// How much of what came may be lost when a process dies: the issue is 16 MiB for each
-// connection, of which some is in sockets and readers and never gets to a stream.
+// How much of what came may be lost when a process dies: 16 MiB for each connection, of
+// which some is in sockets and readers and never gets to a stream. Between the two a
+// stream reads on while the disk works.
 const (
 	// markEvery is how many bytes on the wire there are at most between two marks of a piece.
 	markEvery = 1 << 20
 	// commitAt is how many bytes of one stream that are not in the journal make a commit
 	// begin.
-	commitAt = 5 << 20
+	commitAt = 4 << 20
 	// holdAt is how many of them keep the stream from reading on until a commit has ended.
-	holdAt = 10 << 20
+	holdAt = 14 << 20
 	// commitEvery is when a commit begins for any bytes at all: what a slow network brought
 	// is not much, and took as long.
 	commitEvery = 2 * time.Second
