@@ -3,6 +3,7 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -64,7 +65,9 @@ func (r *realRegistry) start() {
 		r.t.Fatal(err)
 	}
 	_ = log.Close() // the process has its own
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+	look := time.NewTicker(10 * time.Millisecond)
+	defer look.Stop()
+	for deadline := time.Now().Add(time.Minute); ; <-look.C {
 		conn, err := new(net.Dialer).DialContext(r.t.Context(), "tcp", r.host)
 		if err == nil {
 			_ = conn.Close()
@@ -96,10 +99,18 @@ type wire struct {
 	when  int64
 	then  func() // nil: nothing
 	gets  map[string]int
+	// refused has a value when a request reached nobody.
+	refused chan struct{}
 }
 
 func (w *wire) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := w.inner.RoundTrip(req)
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		select {
+		case w.refused <- struct{}{}:
+		default:
+		}
+	}
 	if err == nil && strings.Contains(req.URL.Path, "/blobs/sha256:") && req.Method == http.MethodGet {
 		w.mu.Lock()
 		w.gets[req.URL.Path]++
@@ -139,7 +150,7 @@ func dialSmall(ctx context.Context, network, address string) (net.Conn, error) {
 // client is a registry client whose bytes are counted.
 func (r *realRegistry) client() (*registry.Client, *wire) {
 	r.t.Helper()
-	w := &wire{gets: map[string]int{}, inner: &http.Transport{DialContext: dialSmall}}
+	w := &wire{gets: map[string]int{}, refused: make(chan struct{}, 1), inner: &http.Transport{DialContext: dialSmall}}
 	r.t.Cleanup(w.inner.CloseIdleConnections)
 	c, err := registry.New(registry.Config{Transport: w, Tries: 8, Pause: 50 * time.Millisecond})
 	if err != nil {
@@ -252,7 +263,11 @@ func killedInPull(t *testing.T, r *realRegistry) {
 		r.kill()
 		go func() {
 			defer close(restarted)
-			time.Sleep(200 * time.Millisecond) // for some tries to be refused
+			select { // a try finds nobody, and another time it goes on
+			case <-w.refused:
+			case <-time.After(time.Minute):
+				t.Error("nobody tries while the registry is gone")
+			}
 			r.start()
 		}()
 	}

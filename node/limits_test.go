@@ -6,6 +6,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/cache"
@@ -46,7 +47,7 @@ func (q *quay) Trust(key string) error {
 }
 
 // The agent runs the peer port as long as itself, says where it is, and hands it each new
-// key once; it tells the store the fleet's share, and less of all while a VM has a job.
+// key once, and has the clock measured; it tells the store the fleet's share, and less of all while a VM has a job.
 func TestPeerAndLimits(t *testing.T) {
 	var mu sync.Mutex
 	var limits []cache.Limits
@@ -56,9 +57,14 @@ func TestPeerAndLimits(t *testing.T) {
 		return slices.Clone(limits)
 	}
 	s, q := newStand(t), &quay{}
+	clock, err := NewClock(ClockConfig{Ask: func(context.Context) (time.Time, time.Duration, error) { return time.Now().Add(time.Hour), 0, nil }})
+	if err != nil {
+		t.Fatal(err)
+	}
 	key, share := "bad", int64(0)
 	s.office.more = func(r *api.SyncReply) { r.PeerKey, r.Bandwidth = key, share }
 	s.change = func(c *Config) {
+		c.Clock = clock
 		c.Site, c.Peer, c.Bandwidth, c.BandwidthBusy, c.Streams = "hall", q, 900, 100, 5
 		c.Limit = func(l cache.Limits) {
 			mu.Lock()
@@ -71,6 +77,7 @@ func TestPeerAndLimits(t *testing.T) {
 		n := s.office.last.Node
 		return n.Site == "hall" && n.Peer == fleet.NodePeer{Address: "10.0.0.1:7600", Certificate: "c1"}
 	})
+	s.office.await(t, "the clock is measured", func() bool { return time.Until(clock.Now()) > 30*time.Minute })
 	s.office.order(func() { key, share = "good", 500 })
 	s.office.place(s.order("aaaaaaaa", `echo "Running job: build"; sleep 600`))
 	s.office.awaitState(t, "aaaaaaaa", fleet.VMWarm)

@@ -6,9 +6,11 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -146,6 +148,49 @@ func TestUnauthorized(t *testing.T) {
 	unbound := sign(h.key, func(g *access.PeerGrant) { g.ReceiverCertificate = "" })
 	if _, err := read(t.Context(), bare.Source("mac-2", two.server.Where(), unbound, nil), w, 0); err != nil {
 		t.Errorf("with a token for whoever has it: %v", err)
+	}
+}
+
+// mac-2's clock is eleven minutes ahead of the controller's. Uncorrected, it refuses a good
+// token and says so, once; so it does for the token of another fleet. By the controller's
+// time it serves.
+func TestWrongClock(t *testing.T) {
+	h := newHome(t, "a")
+	var log bytes.Buffer
+	off := access.PeerLife + time.Minute
+	var mu sync.Mutex
+	two := h.full(t, "mac-2", func(c *Config) {
+		c.Log = slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelWarn}))
+		c.Now = func() time.Time {
+			mu.Lock()
+			defer mu.Unlock()
+			return time.Now().Add(off)
+		}
+	})
+	one := h.newStation(t, "mac-1", cache.Config{}, nil)
+	other := &home{key: access.NewKey(), manifest: h.manifest}
+	w := h.want(h.manifest.Chunks[0])
+	for range 3 {
+		for name, src := range map[string]cache.Source{"expired": h.source(t, one, two), "another fleet's": other.source(t, one, two)} {
+			if _, err := read(t.Context(), src, w, 0); err == nil || !strings.Contains(err.Error(), "401") {
+				t.Errorf("%s: %v, want 401", name, err)
+			}
+		}
+	}
+	mu.Lock()
+	off = 0
+	mu.Unlock()
+	if _, err := read(t.Context(), h.source(t, one, two), w, 0); err != nil {
+		t.Errorf("with the time corrected: %v", err)
+	}
+	two.stop()
+	for _, text := range []string{"expired", "another key"} {
+		if n := strings.Count(log.String(), text); n != 1 {
+			t.Errorf("%q is said %d times:\n%s", text, n, &log)
+		}
+	}
+	if strings.Contains(log.String(), "pdkpeer_") {
+		t.Error("the log has a token")
 	}
 }
 

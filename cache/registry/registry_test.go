@@ -195,6 +195,21 @@ func TestAuth(t *testing.T) {
 }
 
 // wantOf is a want of a whole blob.
+// eventually waits for what must come to be so, for a minute at most.
+func eventually(t *testing.T, what string, so func() bool) {
+	t.Helper()
+	late := time.After(time.Minute)
+	look := time.NewTicker(time.Millisecond)
+	defer look.Stop()
+	for !so() {
+		select {
+		case <-look.C:
+		case <-late:
+			t.Fatalf("not within a minute: %s", what)
+		}
+	}
+}
+
 func wantOf(ref string, b image.Blob) cache.Want {
 	return cache.Want{Ref: ref, Chunk: image.Chunk{Content: b.Digest, Size: b.Size, Blob: b.Digest, BlobSize: b.Size}}
 }

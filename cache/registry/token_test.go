@@ -322,9 +322,7 @@ func TestRetryAfterIsForAllStreams(t *testing.T) {
 		}
 		first <- err
 	}()
-	for reg.Counts().Requests[b.Digest] == 0 {
-		time.Sleep(time.Millisecond) // polled: until the refusal is on its way
-	}
+	eventually(t, "the refusal is on its way", func() bool { return reg.Counts().Requests[b.Digest] > 0 })
 	deadline := time.Now().Add(10 * time.Second)
 	for time.Since(began) < time.Second {
 		// A manifest asked for after the refusal has come is answered after the second.
