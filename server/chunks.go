@@ -74,7 +74,7 @@ func (s *Server) chunks(ctx context.Context, c call, q api.ChunksRequest) (api.C
 	if q.Leave {
 		return reply, nil
 	}
-	reply.Peers, err = s.peers(ctx, known, self, q.Image, ready, answer.Peers, c.now)
+	reply.Peers, err = s.peers(ctx, known, self, &q, ready, answer.Peers, c.now)
 	return reply, err
 }
 
@@ -187,12 +187,12 @@ func (s *Server) manifestPeers(self *fleet.Node, d fleet.Digest, ready, parts []
 // peers are nodes of the site that have the image or parts of it, with a token for each.
 // Nodes that the store remembers for what they had, and that have it no more by their own
 // reports, are forgotten on the way.
-func (s *Server) peers(ctx context.Context, known *sites, self *fleet.Node, d fleet.Digest, ready []*fleet.Node, parts []store.ChunkPeer, now time.Time) ([]api.Peer, error) {
+func (s *Server) peers(ctx context.Context, known *sites, self *fleet.Node, q *api.ChunksRequest, ready []*fleet.Node, parts []store.ChunkPeer, now time.Time) ([]api.Peer, error) {
 	var (
 		gone  []fleet.NodeID
 		peers []api.Peer
 		add   = func(n *fleet.Node, have []byte) error {
-			token, err := s.peerTokens.token(self, n, d, now)
+			token, err := s.peerTokens.token(self, n, q.Image, now)
 			if err != nil {
 				return err
 			}
@@ -209,7 +209,7 @@ func (s *Server) peers(ctx context.Context, known *sites, self *fleet.Node, d fl
 	for _, p := range parts {
 		n := known.view.Nodes[p.Node]
 		serves := n != nil && n.Peer.Address != "" && n.Site == self.Site
-		if p.Left && (!serves || !stillHas(n, d) || now.Sub(n.SeenAt) >= peerSilent) {
+		if p.Left && (!serves || !stillHas(n, q.Image) || now.Sub(n.SeenAt) >= peerSilent) {
 			gone = append(gone, p.Node)
 			continue
 		}
@@ -222,8 +222,8 @@ func (s *Server) peers(ctx context.Context, known *sites, self *fleet.Node, d fl
 	}
 	if len(gone) > 0 {
 		// What fails here is tried again by the next node that is told of them.
-		if err := s.c.Store.DropChunks(ctx, self.Site, d, gone); err != nil {
-			s.log.Warn("nodes that had parts of an image are not forgotten yet", "image", d, "error", err)
+		if err := s.c.Store.DropChunks(ctx, self.Site, q.Image, q.Pieces, gone); err != nil {
+			s.log.Warn("nodes that had parts of an image are not forgotten yet", "image", q.Image, "error", err)
 		}
 	}
 	return peers, nil

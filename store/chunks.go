@@ -23,6 +23,9 @@ const (
 	// lookAt is how many missing pieces a call looks at: all of an image of 64 GiB, and of
 	// larger ones enough for what a node does next.
 	lookAt = 128
+	// swarmTries is how often room is made for an image that none has pulled yet: others may
+	// take it meanwhile.
+	swarmTries = 3
 	// sweepAtOnce is how many images' keys one sweep deletes.
 	sweepAtOnce = 100
 )
@@ -31,27 +34,32 @@ const (
 // the store's clock, in milliseconds.
 type ChunkLimits struct {
 	Claim  time.Duration // how long a claim holds without being renewed
+	Stand  time.Duration // how long one that is renewed holds against others' wishes
 	Silent time.Duration // how long after its last word a node is no peer any more
 	Left   time.Duration // how long a node is one after its Leave; see DropChunks
 	Open   int           // claims at one site on one image; each node may have one
 	Nodes  int           // that pull one image at one site
-	Swarms int           // pairs of a site and an image
+	Swarms int           // pairs of a site and an image; for one more the oldest is forgotten
+	Joined int           // of them that one node pulls
 	Peers  int           // in an answer
 }
 
 // UsualChunks are the limits in use.
 var UsualChunks = ChunkLimits{
-	Claim: time.Minute, Silent: 90 * time.Second, Left: time.Hour,
+	// In five minutes a piece of 512 MB comes at 1.7 MB/s.
+	Claim: time.Minute, Stand: 5 * time.Minute, Silent: 90 * time.Second, Left: time.Hour,
 	Open:  16, // enough to keep a fast line busy with a few nodes
-	Nodes: 5000, Swarms: 500, Peers: 16,
+	Nodes: 5000, Swarms: 500, Joined: 16, Peers: 16,
 }
 
 // ChunkWord is a node's word on one image that it pulls at a site.
 type ChunkWord struct {
-	Site   string
-	Image  fleet.Digest
-	Node   fleet.NodeID
-	Pieces int    // in all; those below are numbered from 0
+	Site  string
+	Image fleet.Digest
+	Node  fleet.NodeID
+	// Pieces is how many there are in all; those below are numbered from 0. Nodes that say
+	// another number are of another image to each other.
+	Pieces int
 	Have   []byte // a bit for each piece, the lowest of each byte first; may be shorter
 	// Serves: other nodes can fetch what it has.
 	Serves bool
@@ -78,7 +86,8 @@ type ChunkPeer struct {
 }
 
 // Chunks takes a node's word on an image that it pulls and claims pieces for it: no two
-// nodes have a claim on the same piece of one image at one site at the same time. What an
+// nodes have a claim on the same piece of one image at one site at the same time, though
+// one that has had it for long may still fetch what was granted to another since. What an
 // emptied store forgets comes back by the nodes' next words. It fails with ErrFull at a
 // limit.
 func (s *Store) Chunks(ctx context.Context, w ChunkWord, l ChunkLimits) (ChunkAnswer, error) {
@@ -92,26 +101,37 @@ func (s *Store) Chunks(ctx context.Context, w ChunkWord, l ChunkLimits) (ChunkAn
 	if err != nil {
 		return ChunkAnswer{}, fmt.Errorf("%s: %w", doing, err)
 	}
-	swarm := swarmName(w.Site, w.Image)
+	fetching = fetching[:min(len(fetching), lookAt)]
+	swarm := swarmName(w.Site, w.Image, w.Pieces)
 	args := []any{
 		swarm, ringSize, string(w.Node), have, flag(w.Serves), flag(w.Ready), flag(w.Leave),
-		l.Claim.Milliseconds(), l.Silent.Milliseconds(), l.Left.Milliseconds(),
-		l.Open, l.Nodes, l.Swarms, l.Peers, draw(w.Node, time.Now()),
+		l.Claim.Milliseconds(), l.Stand.Milliseconds(), l.Silent.Milliseconds(), l.Left.Milliseconds(),
+		l.Open, l.Nodes, l.Swarms, l.Joined, l.Peers, draw(w.Node, time.Now()),
 	}
 	args = append(append(args, len(fetching)), fetching...)
 	args = append(append(args, insisted, wished, len(look)), look...)
-	answer, err := s.runOn(ctx, doing, s.swarmKeys(swarm), chunksScript, args...)
-	if err != nil {
-		return ChunkAnswer{}, err
+	keys := append(s.swarmKeys(swarm), s.keys[keyAskers]+":"+string(w.Node))
+	for range swarmTries {
+		answer, err := s.runOn(ctx, doing, keys, chunksScript, args...)
+		if err != nil {
+			return ChunkAnswer{}, err
+		}
+		if text(answer, 0) != "oldest" {
+			return chunkAnswer(answer), refusal(doing, answer)
+		}
+		oldest := text(answer, 1)
+		if _, err := s.runOn(ctx, doing, s.swarmKeys(oldest), sweepSwarmScript, oldest, ringSize, 0); err != nil {
+			return ChunkAnswer{}, err
+		}
 	}
-	if err := refusal(doing, answer); err != nil {
-		return ChunkAnswer{}, err
-	}
-	return chunkAnswer(answer), nil
+	return ChunkAnswer{}, fmt.Errorf("%s: %w: images are pulled at this moment", doing, ErrFull)
 }
 
-// chunkAnswer reads what chunks.lua answered.
+// chunkAnswer reads what chunks.lua answered; of a refusal it makes the zero answer.
 func chunkAnswer(answer []any) ChunkAnswer {
+	if text(answer, 0) != "" {
+		return ChunkAnswer{}
+	}
 	a := ChunkAnswer{Pulling: int(number(answer, 1))}
 	at := 3
 	for range number(answer, 2) {
@@ -203,10 +223,10 @@ func trimBits(bits []byte, pieces int) []byte {
 	return bits
 }
 
-// DropChunks forgets what nodes have of an image that have left and have it no more, by
-// their reports; those that have said a word since are left alone.
-func (s *Store) DropChunks(ctx context.Context, site string, image fleet.Digest, nodes []fleet.NodeID) error {
-	swarm := swarmName(site, image)
+// DropChunks forgets what nodes have of an image of that many pieces that have left and
+// have it no more, by their reports; those that have said a word since are left alone.
+func (s *Store) DropChunks(ctx context.Context, site string, image fleet.Digest, pieces int, nodes []fleet.NodeID) error {
+	swarm := swarmName(site, image, pieces)
 	args := []any{swarm, ringSize, len(nodes)}
 	for _, n := range nodes {
 		args = append(args, string(n))
@@ -218,17 +238,29 @@ func (s *Store) DropChunks(ctx context.Context, site string, image fleet.Digest,
 // Claimants lists the nodes that have a claim now, of any image: those that fetch from
 // outside their site. It is sorted.
 func (s *Store) Claimants(ctx context.Context) ([]fleet.NodeID, error) {
+	return s.since(ctx, "list who has claims", keyClaimants, 0)
+}
+
+// Askers lists the nodes that have said a word on any image lately: those that pull and are
+// not among them pull without their site. It is sorted.
+func (s *Store) Askers(ctx context.Context, lately time.Duration) ([]fleet.NodeID, error) {
+	return s.since(ctx, "list who asks for pieces", keyAskers, lately)
+}
+
+// since lists the nodes at the end of the members of a sorted set whose time is later than
+// so long ago.
+func (s *Store) since(ctx context.Context, doing string, key int, ago time.Duration) ([]fleet.NodeID, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	now, err := s.rdb.Time(ctx).Result()
 	if err != nil {
-		return nil, s.wrap(ctx, "list who has claims", err)
+		return nil, s.wrap(ctx, doing, err)
 	}
 	members, err := s.rdb.ZRangeArgs(ctx, redis.ZRangeArgs{
-		Key: s.keys[keyClaimants], ByScore: true, Start: "(" + strconv.FormatInt(now.UnixMilli(), 10), Stop: "+inf",
+		Key: s.keys[key], ByScore: true, Start: "(" + strconv.FormatInt(now.Add(-ago).UnixMilli(), 10), Stop: "+inf",
 	}).Result()
 	if err != nil {
-		return nil, s.wrap(ctx, "list who has claims", err)
+		return nil, s.wrap(ctx, doing, err)
 	}
 	nodes := make([]fleet.NodeID, 0, len(members))
 	for _, m := range members {
@@ -262,8 +294,12 @@ func (s *Store) SweepChunks(ctx context.Context, l ChunkLimits) (int, error) {
 	return swept, nil
 }
 
-// swarmName is a site and an image in one word; neither has a space or a slash in it.
-func swarmName(site string, image fleet.Digest) string { return site + "/" + string(image) }
+// swarmName is a site and an image in one word; neither has a space or a slash in it. The
+// number of pieces is in it, since the store cannot know which one is true: whoever says a
+// wrong one is alone with it.
+func swarmName(site string, image fleet.Digest, pieces int) string {
+	return site + "/" + string(image) + "/" + strconv.Itoa(pieces)
+}
 
 // swarmKeys are the keys of the scripts about one swarm: those of all, and its own.
 func (s *Store) swarmKeys(swarm string) []string {

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/store"
@@ -79,6 +80,49 @@ func claimsFlushed(t *testing.T, s *store.Store, flush func()) {
 	for _, p := range two.Grant {
 		if p < 2 || slices.Contains(one.Fetching, p) {
 			t.Errorf("piece %d is granted to mac-2, and mac-1 has or fetches it", p)
+		}
+	}
+}
+
+// A Redis does nothing else meanwhile: no word costs it much, neither one that changes all
+// that a node has nor one after which eight silent nodes have to be forgotten.
+func TestChunksCost(t *testing.T) {
+	s, ctl := openRedis(t, store.Config{})
+	const pieces, nodes, most = 5002, 30, 60 * time.Millisecond
+	w := chunkWord("mac-0")
+	w.Pieces, w.Want = pieces, nil
+	full, limits := slices.Repeat([]byte{0xff}, (pieces+7)/8), chunkLimits
+	worst := map[string]time.Duration{}
+	say := func(what string) {
+		t.Helper()
+		before := ctl.CPU(t)
+		if _, err := s.Chunks(t.Context(), w, limits); err != nil {
+			t.Fatal(err)
+		}
+		worst[what] = max(worst[what], ctl.CPU(t)-before)
+	}
+	for i := range nodes {
+		w.Node, w.Have = fleet.NodeID(fmt.Sprint("mac-", i)), full
+		for range pieces/1000 + 1 {
+			say("with all")
+		}
+	}
+	w.Node = "mac-0"
+	for range 4 {
+		w.Have = nil
+		say("with nothing any more")
+		w.Have = full
+		say("with all again")
+	}
+	limits.Silent = time.Millisecond
+	w.Node, w.Have = "mac-99", nil
+	for range 10 {
+		say("that forgets")
+	}
+	t.Log(worst)
+	for what, cost := range worst {
+		if cost > most {
+			t.Errorf("a word %s costs %s, want at most %s", what, cost, most)
 		}
 	}
 }

@@ -32,8 +32,9 @@ func keys(prefix string) []string {
 		"pending",  // hash: id of a person's session that no node has answered → record (see pend.lua)
 
 		// Of images that are pulled; each has three keys more at each site (see swarm.lua).
-		"swarms",    // sorted set: site and image by the last word on it in ms
+		"swarms",    // sorted set: site, image and its number of pieces by the last word on it in ms
 		"claimants", // sorted set: site, image and node by the end of its last claim in ms
+		"askers",    // sorted set: node by its last word on any of them in ms; one key more for each node
 	}
 	for i, name := range names {
 		names[i] = "{" + prefix + "}:" + name
@@ -47,6 +48,7 @@ const (
 	keyLedger    = 14
 	keySwarms    = 16
 	keyClaimants = 17
+	keyAskers    = 18
 )
 
 //go:embed lua/prelude.lua

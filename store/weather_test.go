@@ -72,9 +72,10 @@ func calls(s *store.Store) map[string]func(context.Context) error {
 		},
 		"Chunks": func(ctx context.Context) error { _, err := s.Chunks(ctx, chunkWord("mac-1"), chunkLimits); return err },
 		"DropChunks": func(ctx context.Context) error {
-			return s.DropChunks(ctx, "lab", chunkWord("").Image, []fleet.NodeID{"a"})
+			return s.DropChunks(ctx, "lab", chunkWord("").Image, 94, []fleet.NodeID{"a"})
 		},
 		"Claimants":   func(ctx context.Context) error { _, err := s.Claimants(ctx); return err },
+		"Askers":      func(ctx context.Context) error { _, err := s.Askers(ctx, time.Minute); return err },
 		"SweepChunks": func(ctx context.Context) error { _, err := s.SweepChunks(ctx, chunkLimits); return err },
 	}
 }

@@ -3,6 +3,5 @@
 local stay = tonumber(take())
 local last = redis.call('ZSCORE', swarms, swarm)
 if last and tonumber(last) > now - stay then return {0} end
-redis.call('DEL', pullers, claims, holders)
-redis.call('ZREM', swarms, swarm)
+sink()
 return {1}

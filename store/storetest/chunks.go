@@ -23,7 +23,8 @@ const (
 
 // slow limits have times that do not pass within a test; tests of time shorten one.
 var slow = store.ChunkLimits{
-	Claim: time.Minute, Silent: 2 * time.Minute, Left: time.Hour, Open: 4, Nodes: 50, Swarms: 10, Peers: 16,
+	Claim: time.Minute, Stand: time.Hour, Silent: 2 * time.Minute, Left: time.Hour,
+	Open: 4, Nodes: 50, Swarms: 10, Joined: 10, Peers: 16,
 }
 
 // bits is a set of pieces as a node tells it.
@@ -169,6 +170,82 @@ func chunkLapse(t *testing.T, s *store.Store) {
 	}
 }
 
+// mac-1 says that it fetches and never has anything. What it fetches is granted to others
+// after a while, first what nobody has; each that gets it may have it for longer than the
+// one before, and who has had it does not get it back.
+func chunkStand(t *testing.T, s *store.Store) {
+	limits := slow
+	limits.Stand, limits.Open = 400*time.Millisecond, 2*pieceCount
+	hog, began := word("mac-1"), time.Now()
+	hog.Want = upTo(4)
+	hog.Fetching = ask(t, s, hog, limits).Grant
+	two := word("mac-2", upTo(pieceCount)[5:]...)
+	two.Want, two.Insist = []int{0, 1, 4}, []int{2}
+	if a := ask(t, s, two, limits); time.Since(began) < limits.Stand && !slices.Equal(a.Grant, []int{4}) {
+		t.Fatalf("granted %v, want what nobody has", a.Grant)
+	}
+	got, at := map[int]bool{}, time.Now()
+	eventually(t, func() bool {
+		ask(t, s, hog, limits)
+		at = time.Now()
+		for _, p := range ask(t, s, two, limits).Grant {
+			got[p] = true
+		}
+		if len(got) > 1 && time.Since(began) < limits.Stand {
+			t.Fatalf("granted %v after %s", got, time.Since(began))
+		}
+		return got[0] && got[1] && got[2]
+	})
+	if got[3] {
+		t.Error("granted what it does not want")
+	}
+	three := word("mac-3", upTo(pieceCount)[5:]...)
+	three.Want = []int{0}
+	eventually(t, func() bool {
+		hog.Want = upTo(4)
+		back, a := ask(t, s, hog, limits), ask(t, s, three, limits)
+		ask(t, s, two, limits)
+		if slices.Contains(back.Grant, 0) {
+			t.Fatal("mac-1 has it again")
+		}
+		if len(a.Grant) > 0 && time.Since(at) < 2*limits.Stand {
+			t.Fatalf("mac-2 had it for %s", time.Since(at))
+		}
+		return len(a.Grant) > 0
+	})
+}
+
+// What a node says it fetches without a grant is its claim only within its part, and if
+// nobody has it; just after the store was emptied its part is all.
+func chunkTaken(t *testing.T, s *store.Store) {
+	limits := slow
+	limits.Claim = time.Second
+	one, two := word("mac-1"), word("mac-2", 9)
+	one.Want, two.Want = nil, nil
+	one.Fetching = []int{0, 1, 2, 3, 4, 5, 9}
+	began := time.Now()
+	ask(t, s, two, limits)
+	ask(t, s, one, limits) // takes 4, all that may be open
+	two.Want = upTo(10)
+	first := ask(t, s, two, limits)
+	if time.Since(began) < limits.Claim && !slices.Equal(first.Grant, []int{4, 5}) {
+		t.Fatalf("mac-2 is granted %v beside what mac-1 took up", first.Grant)
+	}
+	leaving := one
+	leaving.Leave = true
+	ask(t, s, leaving, limits)
+	two.Leave = true // with piece 9: the image is remembered
+	ask(t, s, two, limits)
+	two.Leave, two.Want = false, nil
+	eventually(t, func() bool { return time.Since(began) > limits.Claim })
+	ask(t, s, two, limits)
+	ask(t, s, one, limits) // takes 2, its part
+	two.Want = upTo(10)
+	if a := ask(t, s, two, limits); !slices.Equal(a.Grant, []int{2, 3}) {
+		t.Errorf("mac-2 is granted %v beside what mac-1 took up within its part", a.Grant)
+	}
+}
+
 func chunkPeers(t *testing.T, s *store.Store) {
 	granted(t, s, word("mac-1", 0, 1, 2, 9), 3, 4, 5, 6)
 	a := granted(t, s, word("mac-2", 9), 7, 8)
@@ -226,7 +303,7 @@ func chunkLeave(t *testing.T, s *store.Store) {
 	}
 	drop := func(nodes ...fleet.NodeID) {
 		t.Helper()
-		if err := s.DropChunks(t.Context(), "lab", pulled, nodes); err != nil {
+		if err := s.DropChunks(t.Context(), "lab", pulled, pieceCount, nodes); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -270,20 +347,13 @@ func chunkSilence(t *testing.T, s *store.Store) {
 
 func chunkBounds(t *testing.T, s *store.Store) {
 	limits := slow
-	limits.Nodes, limits.Swarms = 2, 2
+	limits.Nodes = 2
 	ask(t, s, word("mac-1"), limits)
 	ask(t, s, word("mac-2"), limits)
 	if _, err := s.Chunks(t.Context(), word("mac-3"), limits); !errors.Is(err, store.ErrFull) {
 		t.Errorf("a third node: %v, want ErrFull", err)
 	}
 	ask(t, s, word("mac-1"), limits)
-	other := word("mac-3")
-	other.Site = "b"
-	ask(t, s, other, limits)
-	other.Site = "c"
-	if _, err := s.Chunks(t.Context(), other, limits); !errors.Is(err, store.ErrFull) {
-		t.Errorf("a third site: %v, want ErrFull", err)
-	}
 	for _, p := range []int{-1, pieceCount} {
 		bad := word("mac-1")
 		bad.Want = []int{p}
@@ -307,8 +377,79 @@ func chunkBounds(t *testing.T, s *store.Store) {
 	big.Have, big.Want = slices.Repeat([]byte{0xff}, 4098/8+1), nil
 	ask(t, s, big, slow)
 	big.Node, big.Have, big.Want = "mac-9", nil, upTo(4098)
-	if a := ask(t, s, big, slow); len(a.Grant) != 0 || len(a.Peers) != 2 {
+	if a := ask(t, s, big, slow); len(a.Grant) != 0 || !slices.Equal(names(a), []fleet.NodeID{"mac-8"}) {
 		t.Errorf("granted %d, peers %v", len(a.Grant), names(a))
+	}
+}
+
+// A node is in so many swarms at once, and for one more than there may be the one of which
+// nothing was heard for longest is forgotten.
+func chunkSwarms(t *testing.T, s *store.Store) {
+	limits := slow
+	limits.Swarms, limits.Joined = 3, 2
+	at := func(node fleet.NodeID, site string, have ...int) store.ChunkWord {
+		w := word(node, have...)
+		w.Site = site
+		return w
+	}
+	ask(t, s, at("mac-1", "a", 0), limits)
+	ask(t, s, at("mac-1", "b"), limits)
+	if _, err := s.Chunks(t.Context(), at("mac-1", "c"), limits); !errors.Is(err, store.ErrFull) {
+		t.Errorf("a third image of a node: %v, want ErrFull", err)
+	}
+	ask(t, s, at("mac-2", "c"), limits)
+	eventually(t, func() bool { // until the words are in different milliseconds
+		ask(t, s, at("mac-1", "a", 0), limits)
+		ask(t, s, at("mac-2", "c"), limits)
+		ask(t, s, at("mac-3", "d"), limits) // instead of b
+		a := ask(t, s, at("mac-4", "a"), limits)
+		return slices.Equal(names(a), []fleet.NodeID{"mac-1"})
+	})
+	leaving := at("mac-1", "b")
+	leaving.Leave = true
+	ask(t, s, leaving, limits) // from what is forgotten: nothing is made of it
+	leaving = at("mac-1", "a", 0)
+	leaving.Leave = true
+	ask(t, s, leaving, limits)
+	ask(t, s, at("mac-1", "c"), limits)
+	// Another number of pieces is another image.
+	other := at("mac-5", "c", 0)
+	other.Pieces++
+	ask(t, s, other, limits)
+	if a := ask(t, s, at("mac-2", "c"), limits); len(a.Peers) != 0 || a.Pulling != 2 {
+		t.Errorf("%+v", a)
+	}
+}
+
+// Many nodes with a whole image fall silent at once: a call forgets a part of it, and none
+// of them is a peer meanwhile.
+func chunkForgotten(t *testing.T, s *store.Store) {
+	limits := slow
+	limits.Silent, limits.Claim = 300*time.Millisecond, 200*time.Millisecond
+	const pieces = 4098
+	big := store.ChunkWord{Site: "lab", Image: pulled, Pieces: pieces, Serves: true, Have: slices.Repeat([]byte{0xff}, pieces/8)}
+	for i := range 4 {
+		big.Node = fleet.NodeID(fmt.Sprint("mac-1", i))
+		for range pieces/1000 + 1 {
+			ask(t, s, big, limits)
+		}
+	}
+	big.Node, big.Have, big.Want = "mac-2", nil, []int{pieces - 3}
+	began := time.Now()
+	if a := ask(t, s, big, limits); time.Since(began) < limits.Silent/2 && len(a.Grant) != 0 {
+		t.Errorf("granted %v", a.Grant)
+	}
+	words := 0
+	eventually(t, func() bool {
+		words++
+		a := ask(t, s, big, limits)
+		if time.Since(began) > 3*limits.Silent && len(a.Peers) > 0 {
+			t.Fatalf("the silent are peers: %v", names(a))
+		}
+		return len(a.Grant) == 1 && a.Pulling == 1
+	})
+	if words < 2 {
+		t.Error("all were forgotten by one word")
 	}
 }
 
