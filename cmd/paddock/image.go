@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/cmd/internal/config"
 	"github.com/paddock-ci/paddock/vm"
 	"github.com/paddock-ci/paddock/vm/vz"
@@ -24,7 +26,52 @@ func imageCommand(g *globals) *cobra.Command {
 		imagePullCommand(g), imageListCommand(g), imageInspectCommand(g), imageVerifyCommand(g), imageRemoveCommand(g),
 		imagePushCommand(g), imageImportCommand(g), imageCreateCommand(g, vz.Install),
 	)
+	for _, c := range cmd.Commands() {
+		tellFailure(g, c)
+	}
 	return cmd
+}
+
+// aboutFailure is what the commands' help says of that object.
+const aboutFailure = `That of a failure has state failed or interrupted, error, and class if there is one: auth,
+not-found, network, disk, digest or format.`
+
+// ending is the last line of --json of a command that failed.
+type ending struct {
+	State string      `json:"state"`
+	Class cache.Class `json:"class,omitempty"`
+	Error string      `json:"error,omitempty"`
+}
+
+func endingOf(err error) ending {
+	if i := (*interruptedError)(nil); errors.As(err, &i) {
+		return ending{State: "interrupted", Error: advise(err)}
+	}
+	return ending{State: "failed", Class: classOf(err), Error: advise(err)}
+}
+
+// tellFailure makes a command's --json say on standard output that it failed, too, unless
+// the command line is wrong or the command has said so itself.
+func tellFailure(g *globals, c *cobra.Command) {
+	run := c.RunE
+	c.RunE = func(cmd *cobra.Command, args []string) error {
+		err := run(cmd, args)
+		said, wrong := (*toldError)(nil), (*usageError)(nil)
+		if err == nil || g.output != "json" || errors.As(err, &said) || errors.As(err, &wrong) {
+			return err
+		}
+		return errors.Join(err, writeLine(cmd, endingOf(err)))
+	}
+}
+
+// toldError is one of which standard output has all that programs need.
+type toldError struct{ error }
+
+func (e *toldError) Unwrap() error { return e.error }
+
+// writeLine writes an object on a line of its own.
+func writeLine(cmd *cobra.Command, value any) error {
+	return json.NewEncoder(cmd.OutOrStdout()).Encode(value)
 }
 
 // latest is the value of --ipsw that stands for no file.
@@ -79,11 +126,9 @@ from a registry has that behind it, and an account that lets Paddock in.`,
 // createImage shows how an installation goes, on standard error, and what it made.
 func createImage(ctx context.Context, cmd *cobra.Command, g *globals, install func(context.Context, vz.InstallConfig) error, c vz.InstallConfig) error {
 	start := time.Now()
-	bar := newProgress(cmd.ErrOrStderr(), cmd.OutOrStdout(), filepath.Base(c.Dir), false, false)
-	if g.output != "json" {
-		const whole = 1000 // the installer tells of parts of one
-		c.Progress = func(done float64) { bar.tell(int64(done*whole), whole) }
-	}
+	bar := g.progress(cmd, filepath.Base(c.Dir), inParts)
+	const whole = 1000 // the installer tells of parts of one
+	c.Progress = func(done float64) { bar.tell(int64(done*whole), whole) }
 	err := install(ctx, c)
 	bar.end()
 	switch {

@@ -20,8 +20,8 @@ import (
 func imageImportCommand(g *globals) *cobra.Command {
 	var (
 		store storeFlag
-		from  string
-		as    string
+		from  given
+		as    given
 	)
 	cmd := &cobra.Command{
 		Use: "import [DIR|REF]", Short: "Take over images of Tart's cache, without a download", Args: cobra.MaximumNArgs(1),
@@ -31,7 +31,11 @@ file system can, else copied; every digest is verified; then the image is publis
 is left alone. Tags become references by digest, so that a tag that has moved means no other image.
 
 Of an image with missing or spoilt parts the rest is kept: paddock image pull fetches what is not.
-The registry is asked for nothing, but for a manifest that Tart has written in other words.`,
+The registry is asked for nothing, but for a manifest that Tart has written in other words.
+
+--json prints an array with an object per image, whether it was imported or not, or one object
+if it does not get so far.
+` + aboutFailure,
 		Example: `paddock image import --store ~/store
 paddock image import ghcr.io/cirruslabs/macos-sequoia-base:latest --store ~/store
 paddock image import /Volumes/old/cache/OCIs --store ~/store`,
@@ -40,7 +44,10 @@ paddock image import /Volumes/old/cache/OCIs --store ~/store`,
 			if len(args) == 1 {
 				word = args[0]
 			}
-			found, err := toImport(or(from, tartCache()), word, as)
+			if len(args) == 1 && word == "" {
+				return usage("leave it out for all of the cache", "%s of nothing; is a variable not set?", cmd.CommandPath())
+			}
+			found, err := toImport(or(string(from), tartCache()), word, string(as))
 			if err != nil {
 				return err
 			}
@@ -50,8 +57,8 @@ paddock image import /Volumes/old/cache/OCIs --store ~/store`,
 		},
 	}
 	store.add(cmd)
-	cmd.Flags().StringVar(&from, "cache", "", "directory of the cache (default: TART_HOME's cache/OCIs, or ~/.tart/cache/OCIs)")
-	cmd.Flags().StringVar(&as, "as", "", "reference of the image, for a directory that does not tell it")
+	cmd.Flags().Var(&from, "cache", "directory of the cache (default: TART_HOME's cache/OCIs, or ~/.tart/cache/OCIs)")
+	cmd.Flags().Var(&as, "as", "reference of the image, for a directory that does not tell it")
 	jsonFlag(cmd, g)
 	return cmd
 }
@@ -171,20 +178,17 @@ type imported struct {
 	Error  string       `json:"error,omitempty"`
 }
 
-func importImages(ctx context.Context, cmd *cobra.Command, g *globals, store storeFlag, found []cache.Foreign) (err error) {
-	dir, err := store.path(g)
-	if err != nil {
-		return err
-	}
+func importImages(ctx context.Context, cmd *cobra.Command, g *globals, store storeFlag, found []cache.Foreign) error {
 	client, err := registry.New(registry.Config{Log: g.quietLog()})
 	if err != nil {
 		return err
 	}
-	s, err := openStore(cache.Config{Dir: dir, Sources: []cache.Source{client}, Log: g.quietLog()})
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, s.Close()) }()
+	return store.change(g, cache.Config{Sources: []cache.Source{client}}, func(s *cache.Store) error {
+		return importAll(ctx, cmd, g, s, found)
+	})
+}
+
+func importAll(ctx context.Context, cmd *cobra.Command, g *globals, s *cache.Store, found []cache.Foreign) error {
 	rows, bad := []imported{}, 0
 	var last error
 	for _, f := range found {
@@ -197,29 +201,25 @@ func importImages(ctx context.Context, cmd *cobra.Command, g *globals, store sto
 			bad, last = bad+1, err
 		}
 	}
+	if bad > 0 && len(found) > 1 {
+		last = fmt.Errorf("%d of %s not imported in full; the last: %w", bad, count(len(found), "image"), last)
+	}
 	if g.output == "json" {
 		if err := writeJSON(cmd.OutOrStdout(), rows); err != nil {
 			return err
 		}
+		if last != nil {
+			last = &toldError{last}
+		}
 	}
-	switch {
-	case bad == 1 && len(found) == 1:
-		return last
-	case bad > 0:
-		return fmt.Errorf("%d of %s not imported in full; the last: %w", bad, count(len(found), "image"), last)
-	}
-	return nil
+	return last
 }
 
 func importOne(ctx context.Context, cmd *cobra.Command, g *globals, s *cache.Store, f cache.Foreign) (imported, error) {
 	start := time.Now()
 	_, missing := s.Path(f.Digest)
-	bar := newProgress(cmd.ErrOrStderr(), cmd.ErrOrStderr(), plainRef(f.Ref), true, false)
-	tell := bar.tell
-	if g.output == "json" {
-		tell = nil
-	}
-	d, err := s.Import(ctx, f.Dir, f.Ref, tell)
+	bar := g.progress(cmd, plainRef(f.Ref), inBytes)
+	d, err := s.Import(ctx, f.Dir, f.Ref, bar.tell)
 	bar.end()
 	row := imported{Digest: d, Ref: f.Ref, From: f.Dir, State: string(fleet.ImageReady)}
 	if err == nil {

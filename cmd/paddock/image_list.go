@@ -237,7 +237,7 @@ A store that a node's agent has open is the agent's: the controller orders what 
 	return cmd
 }
 
-func removeImage(cmd *cobra.Command, g *globals, store storeFlag, word string) (err error) {
+func removeImage(cmd *cobra.Command, g *globals, store storeFlag, word string) error {
 	v, err := store.view(g)
 	if err != nil {
 		return err
@@ -246,22 +246,15 @@ func removeImage(cmd *cobra.Command, g *globals, store storeFlag, word string) (
 	if err != nil {
 		return err
 	}
-	dir, err := store.path(g)
-	if err != nil {
-		return err
-	}
-	s, err := openStore(cache.Config{Dir: dir})
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, s.Close()) }()
-	// The store's own word on leases, now that nobody else can take one.
-	if err := s.Evict(i.Digest); errors.Is(err, cache.ErrLeased) {
+	// The store's own word on leases, when nobody else can take one.
+	err = store.change(g, cache.Config{}, func(s *cache.Store) error { return s.Evict(i.Digest) })
+	if errors.Is(err, cache.ErrLeased) {
 		if i, lerr := v.Image(i.Digest); lerr == nil && len(i.Leases) > 0 {
 			err = fmt.Errorf("image %s is in use by %s", i.Digest.Short(), strings.Join(i.Leases, ", "))
 		}
 		return fmt.Errorf("%w (hint: leases end with their VMs; those of VMs that are no more the agent drops at its start)", err)
-	} else if err != nil {
+	}
+	if err != nil {
 		return err
 	}
 	if g.output == "json" {

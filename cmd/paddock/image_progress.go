@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/spf13/cobra"
 	"github.com/vbauerster/mpb/v8"
 	"github.com/vbauerster/mpb/v8/decor"
 	"golang.org/x/term"
@@ -36,7 +37,7 @@ type progress struct {
 type step struct {
 	State string  `json:"state"`
 	Ref   string  `json:"ref,omitempty"`
-	Done  int64   `json:"done"`  // bytes on the wire, of verified parts and those in flight
+	Done  int64   `json:"done"`  // bytes: of a pull on the wire, with those in flight; of a push of the disk
 	Total int64   `json:"total"` // 0: not known yet
 	Rate  int64   `json:"rate"`  // bytes per second, lately; 0: not known
 	ETA   float64 `json:"eta"`   // seconds left at that rate; 0: not known
@@ -52,18 +53,45 @@ const (
 // is said beside it.
 const barWidth = 24
 
-// newProgress begins at now. JSON goes to out, all else to w.
-func newProgress(w, out io.Writer, name string, bytes, asJSON bool) *progress {
-	p := &progress{name: name, bytes: bytes, shown: -1, step: step{Ref: name}}
-	switch {
-	case asJSON:
-		p.json = out
-	case drawable(w):
+// unit is what a progress counts.
+type unit int
+
+const (
+	inBytes unit = iota // told with a rate
+	inParts             // of something that has no measure of its own
+)
+
+// newProgress shows people on w how far name is.
+func newProgress(w io.Writer, name string, counts unit) *progress {
+	p := &progress{name: name, bytes: counts == inBytes, shown: -1}
+	if drawable(w) {
 		p.screen = mpb.New(mpb.WithOutput(w), mpb.WithWidth(barWidth), mpb.WithRefreshRate(200*time.Millisecond))
-	default:
+	} else {
 		p.lines = w
 	}
 	return p
+}
+
+// newSteps tells programs, in lines on out, how far ref is.
+func newSteps(out io.Writer, ref string) *progress {
+	return &progress{shown: -1, step: step{Ref: ref}, json: out}
+}
+
+// progress is for a command whose JSON is one document: people see how far it is, and
+// programs wait.
+func (g *globals) progress(cmd *cobra.Command, name string, counts unit) *progress {
+	if g.output == "json" {
+		return &progress{}
+	}
+	return newProgress(cmd.ErrOrStderr(), name, counts)
+}
+
+// steps is for a command whose JSON is lines.
+func (g *globals) steps(cmd *cobra.Command, ref string) *progress {
+	if g.output == "json" {
+		return newSteps(cmd.OutOrStdout(), ref)
+	}
+	return newProgress(cmd.ErrOrStderr(), ref, inBytes)
 }
 
 // drawable reports whether w is a terminal with room for a bar; one of no size is a
@@ -86,6 +114,14 @@ func (p *progress) begin(state string) {
 	}
 	p.step.State = state
 	p.emit()
+}
+
+// finish tells that it is in its last state; there may have been no other.
+func (p *progress) finish(state string, total int64) {
+	p.mu.Lock()
+	p.step.State = state
+	p.mu.Unlock()
+	p.tell(total, total)
 }
 
 // tell is called as often as there is something to tell.
@@ -177,10 +213,13 @@ func (p *progress) text() string {
 	return s
 }
 
-// end leaves the terminal's line as it is, and is called once; tell does nothing from
-// then on.
+// end leaves the terminal's line as it is; tell and end do nothing from then on.
 func (p *progress) end() {
 	p.mu.Lock()
+	if p.ended {
+		p.mu.Unlock()
+		return
+	}
 	p.ended = true
 	screen, bar, whole := p.screen, p.bar, p.step.Done >= p.step.Total
 	p.mu.Unlock()

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -24,12 +23,12 @@ import (
 
 // sourceFlags say where an image may come from besides its registry.
 type sourceFlags struct {
-	mirror, layout string
+	mirror, layout given
 }
 
 func (f *sourceFlags) add(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&f.mirror, "mirror", "", "HOST[/PREFIX] of a registry that has the same images, nearby")
-	cmd.Flags().StringVar(&f.layout, "layout", "", "directory with an OCI image layout that may have them, such as a shared mount")
+	cmd.Flags().Var(&f.mirror, "mirror", "HOST[/PREFIX] of a registry that has the same images, nearby")
+	cmd.Flags().Var(&f.layout, "layout", "directory with an OCI image layout that may have them, such as a shared mount")
 }
 
 // origins are the places of one command.
@@ -45,13 +44,13 @@ func (f *sourceFlags) open(r image.Reference, log *slog.Logger) (o origins, err 
 		return o, err
 	}
 	if f.mirror != "" {
-		o.mirror, err = registry.New(registry.Config{Log: log, Mirror: f.mirror, For: r.Host()})
+		o.mirror, err = registry.New(registry.Config{Log: log, Mirror: string(f.mirror), For: r.Host()})
 		if err != nil {
 			return o, usage("a mirror is written as HOST or HOST/PREFIX, like mirror.example.com/ghcr", "--mirror %s: %v", f.mirror, err)
 		}
 	}
 	if f.layout != "" {
-		dir, err := filepath.Abs(f.layout)
+		dir, err := filepath.Abs(string(f.layout))
 		if err == nil {
 			o.layout, err = ocidir.Open(dir)
 		}
@@ -60,6 +59,17 @@ func (f *sourceFlags) open(r image.Reference, log *slog.Logger) (o origins, err 
 		}
 	}
 	return o, nil
+}
+
+// look tells the person of a layout that is none, or not mounted: it is given for what it
+// saves, and without it everything comes from farther away.
+func (o origins) look(ctx context.Context, say func(string)) {
+	if o.layout == nil {
+		return
+	}
+	if _, err := o.layout.List(ctx); err != nil && ctx.Err() == nil {
+		say(fmt.Sprintf("nothing comes from --layout: %v", err))
+	}
 }
 
 // sources are the places with the nearest first, which is preferred until rates are known.
@@ -137,8 +147,10 @@ Credentials are those of docker login. A registry on 127.0.0.1 or localhost is s
 HTTP. Ctrl-C keeps what was fetched; the same command goes on from there. --dry-run shows what
 would be requested, and needs no lock.
 
---json prints one object per line: state, done, total (bytes on the wire), rate (bytes per second)
-and eta (seconds); the last one has digest, disk (its path), seconds, and bytes by source.`,
+--json prints one object per line: state (queued, caching, paused, verifying, ready or failed), done,
+total (bytes on the wire), rate (bytes per second) and eta (seconds). The last one has state ready,
+digest, disk (its path), seconds, bytes by source, and reused.
+` + aboutFailure,
 		Example: `paddock image pull ghcr.io/cirruslabs/macos-sequoia-base:latest --store ~/store
 paddock image pull ghcr.io/acme/macos:15 --mirror mirror.local:5000/ghcr --dry-run
 DISK=$(paddock image pull 127.0.0.1:5000/test/base:v1 --store s --json | tail -1 | jq -r .disk)`,
@@ -150,7 +162,7 @@ DISK=$(paddock image pull 127.0.0.1:5000/test/base:v1 --store s --json | tail -1
 			if streams < 0 || streams > 64 {
 				return usage("1 to 64; 0 is the default of 8", "--streams %d", streams)
 			}
-			p := &pull{cmd: cmd, g: g, ref: r, streams: streams}
+			p := &pull{cmd: cmd, g: g, ref: r, store: store, streams: streams}
 			if p.dir, err = store.path(g); err != nil {
 				return err
 			}
@@ -159,6 +171,7 @@ DISK=$(paddock image pull 127.0.0.1:5000/test/base:v1 --store s --json | tail -1
 			}
 			ctx, _, end := untilSignal(cmd.Context())
 			defer end()
+			p.from.look(ctx, p.note)
 			if dry {
 				return p.plan(ctx)
 			}
@@ -187,6 +200,7 @@ type pull struct {
 	cmd     *cobra.Command
 	g       *globals
 	ref     image.Reference
+	store   storeFlag
 	dir     string // of the store
 	from    origins
 	streams int
@@ -202,72 +216,78 @@ func (p *pull) note(text string) { fmt.Fprintln(p.cmd.ErrOrStderr(), "note:", te
 
 // pulled is the last line of --json.
 type pulled struct {
-	State   string           `json:"state"`
+	ending
 	Ref     string           `json:"ref"`
 	Digest  fleet.Digest     `json:"digest,omitempty"`
 	Disk    string           `json:"disk,omitempty"`
 	Seconds float64          `json:"seconds"`
 	Bytes   map[string]int64 `json:"bytes,omitempty"` // on the wire, by source
 	Reused  int64            `json:"reused"`          // bytes on the wire that other images saved
-	Class   cache.Class      `json:"class,omitempty"`
-	Error   string           `json:"error,omitempty"`
 }
 
 func (p *pull) run(ctx context.Context) (err error) {
 	p.start = time.Now()
-	last := pulled{State: "failed", Ref: p.ref.String()}
+	last := pulled{Ref: p.ref.String()}
 	defer func() {
 		if err == nil || !p.json() {
 			return
 		}
-		last.Seconds, last.Class, last.Error = p.seconds(), cache.ClassOf(err), advise(err)
-		if i := (*interruptedError)(nil); errors.As(err, &i) {
-			last.State, last.Class = "interrupted", ""
-		}
-		err = errors.Join(err, writeLine(p.cmd, last))
+		last.Seconds, last.ending = p.seconds(), endingOf(err)
+		err = &toldError{errors.Join(err, writeLine(p.cmd, last))}
 	}()
 	d, err := p.from.resolve(ctx, p.ref, p.note)
 	if err != nil {
 		if wasInterrupted(ctx, err) {
 			return &interruptedError{"nothing was begun", "the same command begins again"}
 		}
-		return pullFailed(p.ref.String(), err)
+		return pullFailed(p.ref.Host(), 0, err)
 	}
 	last.Digest = d
-	s, err := openStore(cache.Config{Dir: p.dir, Sources: p.from.sources(), Streams: p.streams, Log: p.g.quietLog()})
+	err = p.store.change(p.g, cache.Config{Sources: p.from.sources(), Streams: p.streams}, func(s *cache.Store) error {
+		if err := p.bring(ctx, s, d); err != nil {
+			return err
+		}
+		path, err := s.Path(d)
+		if err != nil {
+			return err
+		}
+		last.State, last.Disk, last.Seconds = string(fleet.ImageReady), filepath.Join(path, vm.DiskFile), p.seconds()
+		last.Bytes, last.Reused = bySource(s.Moved(), p.ref.Host())
+		return nil
+	})
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, s.Close()) }()
-	if err := p.bring(ctx, s, d); err != nil {
-		return err
-	}
-	path, err := s.Path(d)
-	if err != nil {
-		return err
-	}
-	last.State, last.Disk, last.Seconds = string(fleet.ImageReady), filepath.Join(path, vm.DiskFile), p.seconds()
-	last.Bytes = s.Moved()
-	last.Reused = last.Bytes["reused"]
-	delete(last.Bytes, "reused")
 	if p.json() {
 		return writeLine(p.cmd, last)
 	}
-	_, err = fmt.Fprintf(p.cmd.OutOrStdout(), "%s is ready and verified (%s) after %s: %s\n%s\n", p.ref, d.Short(), short(time.Since(p.start)), last.origin(p.ref.Host()), last.Disk)
+	_, err = fmt.Fprintf(p.cmd.OutOrStdout(), "%s is ready and verified (%s) after %s: %s\n%s\n", p.ref, d.Short(), short(time.Since(p.start)), last.origin(), last.Disk)
 	return err
+}
+
+// bySource calls the image's registry by its host, and tells apart what no source gave.
+func bySource(moved map[string]int64, host string) (bytes map[string]int64, reused int64) {
+	bytes = make(map[string]int64)
+	for source, n := range moved {
+		switch source {
+		case "reused":
+			reused = n
+		case "registry":
+			bytes[host] = n
+		default:
+			bytes[source] = n
+		}
+	}
+	return bytes, reused
 }
 
 func (p *pull) seconds() float64 { return float64(time.Since(p.start).Milliseconds()) / 1000 }
 
-// origin says where the bytes came from; host is the registry.
-func (l pulled) origin(host string) string {
+// origin says where the bytes came from.
+func (l pulled) origin() string {
 	var parts []string
 	for _, source := range slices.Sorted(maps.Keys(l.Bytes)) {
-		n := l.Bytes[source]
-		if source == "registry" {
-			source = host
-		}
-		if n > 0 {
+		if n := l.Bytes[source]; n > 0 {
 			parts = append(parts, size(n)+" from "+source)
 		}
 	}
@@ -282,7 +302,7 @@ func (l pulled) origin(host string) string {
 
 // bring pulls, and shows how it goes.
 func (p *pull) bring(ctx context.Context, s *cache.Store, d fleet.Digest) error {
-	p.bar = newProgress(p.cmd.ErrOrStderr(), p.cmd.OutOrStdout(), p.ref.String(), true, p.json())
+	p.bar = p.g.steps(p.cmd, p.ref.String())
 	defer p.bar.end()
 	watching, stop := context.WithCancel(ctx)
 	watched := make(chan struct{})
@@ -296,21 +316,26 @@ func (p *pull) bring(ctx context.Context, s *cache.Store, d fleet.Digest) error 
 	p.look(s, d) // as it is in the end
 	switch {
 	case wasInterrupted(ctx, err):
-		return &interruptedError{p.kept(s, d), "the same command goes on from there"}
+		what := "nothing has come yet"
+		if done, total := kept(s, d); done > 0 {
+			what = fmt.Sprintf("%s of %s are here and kept", size(done), size(total))
+		}
+		return &interruptedError{what, "the same command goes on from there"}
 	case err != nil:
-		return pullFailed(p.ref.String(), err)
+		done, _ := kept(s, d)
+		return pullFailed(p.ref.Host(), done, err)
 	}
 	return nil
 }
 
-// kept says what an interrupted pull leaves.
-func (p *pull) kept(s *cache.Store, d fleet.Digest) string {
+// kept is what a pull that did not end leaves, in bytes on the wire.
+func kept(s *cache.Store, d fleet.Digest) (done, total int64) {
 	for _, i := range s.List() {
-		if i.Digest == d && i.Done > 0 {
-			return fmt.Sprintf("%s of %s are here and kept", size(i.Done), size(i.Total))
+		if i.Digest == d {
+			return i.Done, i.Total
 		}
 	}
-	return "nothing has come yet"
+	return 0, 0
 }
 
 // watchEvery is how often the rate is looked at when nothing is told.
@@ -338,8 +363,7 @@ func (p *pull) look(s *cache.Store, d fleet.Digest) {
 		switch {
 		case i.Digest != d:
 		case i.State == fleet.ImageReady:
-			total := p.whole(d)
-			p.bar.tell(total, total)
+			p.bar.finish(string(i.State), p.whole(d))
 		case i.Total > 0:
 			p.bar.begin(string(i.State))
 			p.bar.tell(i.Done, i.Total)
@@ -367,11 +391,11 @@ func (p *pull) whole(d fleet.Digest) int64 {
 func (p *pull) plan(ctx context.Context) error {
 	d, err := p.from.resolve(ctx, p.ref, p.note)
 	if err != nil {
-		return pullFailed(p.ref.String(), err)
+		return pullFailed(p.ref.Host(), 0, err)
 	}
 	m, err := p.from.manifest(ctx, p.ref.String(), d)
 	if err != nil {
-		return pullFailed(p.ref.String(), err)
+		return pullFailed(p.ref.Host(), 0, err)
 	}
 	plan, err := planIn(p.dir, m)
 	if err != nil {
@@ -406,9 +430,4 @@ func planIn(dir string, m *image.Manifest) (cache.Plan, error) {
 		return cache.Plan{}, err
 	}
 	return v.Plan(m)
-}
-
-// writeLine writes an object on a line of its own.
-func writeLine(cmd *cobra.Command, value any) error {
-	return json.NewEncoder(cmd.OutOrStdout()).Encode(value)
 }

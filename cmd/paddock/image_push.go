@@ -38,7 +38,12 @@ them at the registry and on every Mac: within one registry they are mounted, not
 image that this one was made from. With --layout the image goes into an OCI image layout in that
 directory, such as a shared mount, instead of to the registry of REF.
 
-Equal directories make equal images, with the same digest, which is printed.`,
+Equal directories make equal images, with the same digest, which is printed.
+
+--json prints one object per line: state (pushing), done and total (bytes of the disk: those that
+are read, and zeros), rate (bytes per second) and eta (seconds). The last one has state pushed,
+digest, seconds, and new and parent: bytes on the wire of its own and of its parent.
+` + aboutFailure,
 		Example: `paddock image push ~/images/macos ghcr.io/acme/macos:15
 paddock image push ~/vms/baked ghcr.io/acme/macos:15-xcode --parent ghcr.io/acme/macos:15
 paddock image push ~/images/macos registry.local/macos:15 --layout /Volumes/images`,
@@ -51,7 +56,7 @@ paddock image push ~/images/macos registry.local/macos:15 --layout /Volumes/imag
 				return usage("give it a tag, like "+p.ref.Repository().Name()+":15", "%s names no tag: an image's digest is known when it is made", args[1])
 			}
 			if p.parent != "" {
-				if _, err := image.ParseReference(p.parent); err != nil {
+				if _, err := image.ParseReference(string(p.parent)); err != nil {
 					return usage("like ghcr.io/acme/macos:14", "--parent: %v", err)
 				}
 			}
@@ -63,10 +68,10 @@ paddock image push ~/images/macos registry.local/macos:15 --layout /Volumes/imag
 			return p.run(ctx)
 		},
 	}
-	cmd.Flags().StringVar(&p.parent, "parent", "", "image that this one was made from, whose chunks are taken over")
+	cmd.Flags().Var(&p.parent, "parent", "image that this one was made from, whose chunks are taken over")
 	cmd.Flags().Var(&p.chunk, "chunk-size", "bytes of disk in a layer")
 	cmd.Flag("chunk-size").DefValue = "512MiB"
-	cmd.Flags().StringVar(&p.layout, "layout", "", "directory of an OCI image layout to write to, instead of a registry")
+	cmd.Flags().Var(&p.layout, "layout", "directory of an OCI image layout to write to, instead of a registry")
 	jsonFlag(cmd, g)
 	return cmd
 }
@@ -77,8 +82,8 @@ type push struct {
 	g      *globals
 	dir    string
 	ref    image.Reference
-	parent string
-	layout string
+	parent given
+	layout given
 	chunk  config.Size
 }
 
@@ -100,20 +105,21 @@ func (p *push) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { _ = disk.file.Close() }() // it was only read
-	bar := newProgress(p.cmd.ErrOrStderr(), p.cmd.OutOrStdout(), p.ref.String(), true, p.g.output == "json")
+	bar := p.g.steps(p.cmd, p.ref.String())
+	defer bar.end()
 	disk.begin(int64(p.chunk), bar.tell)
+	sent := &sent{}
 	to, err := p.target(ctx)
 	if err != nil {
-		return pushFailed(err)
+		return p.failed(ctx, sent, err)
 	}
-	sent := &sent{}
 	src.ChunkSize, src.Workers = int64(p.chunk), runtime.GOMAXPROCS(0)
 	if p.parent != "" {
-		if src.Parent, err = to.parent(ctx, p.parent); err != nil {
-			return p.failed(ctx, fmt.Errorf("reading the parent %s: %w", p.parent, err))
+		if src.Parent, err = to.parent(ctx, string(p.parent)); err != nil {
+			return p.failed(ctx, sent, fmt.Errorf("reading the parent %s: %w", p.parent, err))
 		}
 		src.Reuse = func(ctx context.Context, c image.Chunk) (bool, error) {
-			taken, err := to.take(ctx, image.Blob{Digest: c.Blob, Size: c.BlobSize, MediaType: c.MediaType}, p.parent)
+			taken, err := to.take(ctx, image.Blob{Digest: c.Blob, Size: c.BlobSize, MediaType: c.MediaType}, string(p.parent))
 			if taken {
 				sent.add(0, c.BlobSize)
 			}
@@ -122,33 +128,34 @@ func (p *push) run(ctx context.Context) (err error) {
 	}
 	bar.begin("pushing")
 	raw, err := tart.Build(ctx, src, func(ctx context.Context, l tart.Layer) error {
+		if err := to.put(ctx, l); err != nil {
+			return err
+		}
 		sent.add(l.Size, 0)
-		return to.put(ctx, l)
+		return nil
 	})
 	var d fleet.Digest
 	if err == nil {
 		d, err = to.finish(ctx, raw)
 	}
-	bar.end()
 	if err != nil {
-		return p.failed(ctx, err)
+		return p.failed(ctx, sent, err)
 	}
+	bar.end()
 	return p.tell(d, sent, time.Since(start))
 }
 
-func (p *push) failed(ctx context.Context, err error) error {
+func (p *push) failed(ctx context.Context, sent *sent, err error) error {
 	if wasInterrupted(ctx, err) {
 		return &interruptedError{"there is no such image; chunks that were sent are there", "the same command does not send them again"}
 	}
-	return pushFailed(err)
-}
-
-func pushFailed(err error) error {
-	switch cache.ClassOf(err) {
-	case cache.ClassAuth:
+	switch class := classOf(err); {
+	case class == cache.ClassAuth:
 		return fmt.Errorf("%w (hint: docker login with an account that may write there)", err)
-	case cache.ClassNetwork:
+	case class == cache.ClassNetwork && sent.any():
 		return fmt.Errorf("%w (hint: the same command does not send again what is there)", err)
+	case class == cache.ClassNetwork:
+		return fmt.Errorf("%w (hint: nothing was sent; is %s the right host, and can this one reach it?)", err, p.ref.Host())
 	default:
 		return err
 	}
@@ -181,6 +188,13 @@ func (s *sent) add(fresh, taken int64) {
 	s.taken += taken
 }
 
+// any reports whether a layer is there.
+func (s *sent) any() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.fresh > 0
+}
+
 func (p *push) target(ctx context.Context) (target, error) {
 	client, err := registry.New(registry.Config{Log: p.g.quietLog()})
 	if err != nil {
@@ -190,7 +204,7 @@ func (p *push) target(ctx context.Context) (target, error) {
 		upload, err := client.Upload(ctx, p.ref.String(), nil)
 		return &toRegistry{client, upload}, err
 	}
-	dir, err := filepath.Abs(p.layout)
+	dir, err := filepath.Abs(string(p.layout))
 	if err != nil {
 		return nil, err
 	}

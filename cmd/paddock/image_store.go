@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -19,16 +21,31 @@ import (
 const aboutStore = `--store is the directory that images are kept in; by default it is that of this host's node, by
 the configuration. The node's agent may have it open meanwhile: nothing is locked or changed.`
 
+// given is the value of a flag that must not be empty if it is given: an empty one is what
+// comes of a shell variable that is not set, and would mean the default.
+type given string
+
+func (g *given) String() string { return string(*g) }
+func (g *given) Type() string   { return "string" }
+
+func (g *given) Set(value string) error {
+	if value == "" {
+		return errors.New("it is empty; is a variable not set?")
+	}
+	*g = given(value)
+	return nil
+}
+
 // storeFlag is --store; path finds the directory.
-type storeFlag string
+type storeFlag struct{ given }
 
 func (s *storeFlag) add(cmd *cobra.Command) {
-	cmd.Flags().StringVar((*string)(s), "store", "", "directory of the image store (default: this host's node's)")
+	cmd.Flags().Var(&s.given, "store", "directory of the image store (default: this host's node's)")
 }
 
 // path is absolute, since it is printed for other programs.
 func (s storeFlag) path(g *globals) (string, error) {
-	dir := string(s)
+	dir := string(s.given)
 	if dir == "" {
 		c, err := g.load()
 		if err != nil {
@@ -49,16 +66,35 @@ func (s storeFlag) view(g *globals) (*cache.View, error) {
 	if errors.Is(err, cache.ErrNoStore) {
 		return nil, fmt.Errorf("%s is no image store (hint: --store names the directory that images were pulled into; paddock image pull makes one)", dir)
 	}
-	return v, err
+	return v, s.failed(err)
 }
 
-// openStore takes the store for this process.
-func openStore(c cache.Config) (*cache.Store, error) {
-	s, err := cache.Open(c)
-	if errors.Is(err, cache.ErrInUse) {
-		return nil, fmt.Errorf("%w (hint: a node's agent keeps its store to itself, and pulls what the controller orders; to do it by hand stop the agent, or name another --store. list, inspect and verify work meanwhile)", err)
+// change takes the store for this process while do works with it.
+func (s storeFlag) change(g *globals, c cache.Config, do func(*cache.Store) error) (err error) {
+	if c.Dir, err = s.path(g); err != nil {
+		return err
 	}
-	return s, err
+	c.Log = g.quietLog()
+	store, err := cache.Open(c)
+	if errors.Is(err, cache.ErrInUse) {
+		return fmt.Errorf("%w (hint: a node's agent keeps its store to itself, and pulls what the controller orders; to do it by hand stop the agent, or name another --store. list, inspect and verify work meanwhile)", err)
+	}
+	if err != nil {
+		return s.failed(err)
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	return do(store)
+}
+
+// failed adds that it is the flag's directory that cannot be used, and not one of the
+// configuration.
+func (s storeFlag) failed(err error) error {
+	for _, is := range []error{fs.ErrNotExist, syscall.ENOTDIR, fs.ErrPermission, syscall.EROFS} {
+		if s.given != "" && errors.Is(err, is) {
+			return fmt.Errorf("%w (hint: --store names a directory that is yours, or that you may make)", err)
+		}
+	}
+	return err
 }
 
 // jsonFlag adds --json, which people type before they find -o json.
@@ -115,35 +151,52 @@ func means(word string, i cache.Seen) bool {
 	return err == nil && asked.Repository().Name() == has.Repository().Name() && asked.Tag() == has.Tag()
 }
 
-// pullHint is what people can do about a pull that failed.
-func pullHint(ref string, err error) string {
-	host := "HOST"
-	if r, perr := image.ParseReference(ref); perr == nil {
-		host = r.Host()
+// classOf is the class of a failure that has one: what is no failure of a pull, such as a
+// store in use, is not the network's.
+func classOf(err error) cache.Class {
+	known := (*cache.Error)(nil)
+	class := cache.ClassOf(err)
+	if errors.As(err, &known) || class == cache.ClassFormat {
+		return class
 	}
-	switch cache.ClassOf(err) {
-	case cache.ClassAuth:
-		return "docker login " + host + " with an account that may read it, or a credential helper in ~/.docker/config.json"
-	case cache.ClassNotFound:
-		return "a private image looks like this without docker login " + host
-	case cache.ClassDisk:
-		return "make room, for one with paddock image remove; what was fetched is kept, and the same command goes on from there"
-	case cache.ClassDigest:
-		return "nothing spoilt was kept, and the same command fetches only what is missing; if it stays so, ask another source with --mirror or --layout"
-	case cache.ClassFormat:
-		return "docs/images.md says which images can be used"
-	case cache.ClassNetwork:
-		return "what was fetched is kept, and the same command goes on from there"
-	}
-	return "what was fetched is kept"
+	return ""
 }
 
-// pullFailed makes one line of a failed pull: its class, what went wrong, and a hint.
-func pullFailed(ref string, err error) error {
+// pullHint is what people can do about a pull from host that failed, of which there are
+// kept bytes.
+func pullHint(host string, kept int64, err error) string {
+	goesOn := "what was fetched is kept, and the same command goes on from there"
+	switch class := classOf(err); {
+	case class == cache.ClassAuth:
+		return "docker login " + host + " with an account that may read it, or a credential helper in ~/.docker/config.json"
+	case class == cache.ClassNotFound:
+		return "a private image looks like this without docker login " + host
+	case class == cache.ClassDisk && (errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)):
+		return "make room, for one with paddock image remove; " + goesOn
+	case class == cache.ClassDisk:
+		return "look at the disk that the store is on; " + goesOn
+	case class == cache.ClassDigest:
+		return "nothing spoilt was kept, and the same command fetches only what is missing; if it stays so, ask another source with --mirror or --layout"
+	case class == cache.ClassFormat:
+		return "docs/images.md says which images can be used"
+	case class == cache.ClassNetwork && kept > 0:
+		return goesOn
+	case class == cache.ClassNetwork:
+		return "nothing was fetched; is " + host + " the right host, and can this one reach it?"
+	}
+	return "the same command begins anew"
+}
+
+// pullFailed makes one line of a failed pull: what went wrong, its class, and a hint.
+func pullFailed(host string, kept int64, err error) error {
 	if strings.Contains(err.Error(), "(hint: ") {
 		return err
 	}
-	return fmt.Errorf("%w; class %s (hint: %s)", err, cache.ClassOf(err), pullHint(ref, err))
+	what := ""
+	if class := classOf(err); class != "" {
+		what = "; class " + string(class)
+	}
+	return fmt.Errorf("%w%s (hint: %s)", err, what, pullHint(host, kept, err))
 }
 
 // interrupted says what is left of a command that Ctrl-C ended.

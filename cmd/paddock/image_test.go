@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
-	"io"
 	"net/http/httptest"
 	"os"
 	"os/exec"
@@ -21,6 +20,7 @@ import (
 	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/cache/registrytest"
 	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/image"
 )
 
 // imageChunk is the size of chunks in tests: small, and of several blocks.
@@ -188,7 +188,7 @@ func lastLine(text string) string {
 // a rate and the time that is left are in it when they are known.
 func TestProgressLines(t *testing.T) {
 	var log bytes.Buffer
-	p := newProgress(&log, io.Discard, "x", true, false)
+	p := newProgress(&log, "x", inBytes)
 	p.begin("caching")
 	for done := int64(0); done <= 1000; done++ {
 		p.tell(done*1000, 1_000_000)
@@ -202,7 +202,7 @@ func TestProgressLines(t *testing.T) {
 		t.Errorf("the log is\n%s", log.String())
 	}
 	var out bytes.Buffer
-	p = newProgress(&log, &out, "x", true, true)
+	p = newSteps(&out, "x")
 	p.begin("queued")
 	p.begin("queued")
 	p.tell(10, 100)
@@ -242,7 +242,7 @@ func TestRateMeter(t *testing.T) {
 func TestPullFailed(t *testing.T) {
 	seen := map[string]cache.Class{}
 	for _, class := range []cache.Class{cache.ClassAuth, cache.ClassNotFound, cache.ClassNetwork, cache.ClassDisk, cache.ClassDigest, cache.ClassFormat} {
-		text := advise(pullFailed("ghcr.io/acme/macos:15", &cache.Error{Class: class, Err: errors.New("so it is")}))
+		text := advise(pullFailed("ghcr.io", 1, &cache.Error{Class: class, Err: errors.New("so it is")}))
 		what, hint, ok := strings.Cut(text, " (hint: ")
 		if !ok || what != "so it is; class "+string(class) {
 			t.Errorf("%s: %s", class, text)
@@ -252,8 +252,25 @@ func TestPullFailed(t *testing.T) {
 		}
 		seen[hint] = class
 	}
+	for _, test := range []struct {
+		what string
+		kept int64
+		err  error
+		want string
+	}{
+		{"nothing came", 0, &cache.Error{Class: cache.ClassNetwork, Err: errors.New("refused")}, "refused; class network (hint: nothing was fetched; is ghcr.io the right host, and can this one reach it?)"},
+		{"it broke off", 7, &cache.Error{Class: cache.ClassNetwork, Err: errors.New("reset")}, "reset; class network (hint: what was fetched is kept, and the same command goes on from there)"},
+		{"a full disk", 7, &cache.Error{Class: cache.ClassDisk, Err: syscall.ENOSPC}, syscall.ENOSPC.Error() + "; class disk (hint: make room,"},
+		{"a disk that fails", 7, &cache.Error{Class: cache.ClassDisk, Err: syscall.EIO}, syscall.EIO.Error() + "; class disk (hint: look at the disk"},
+		{"no failure of a pull", 0, errors.New("so it is"), "so it is (hint: the same command begins anew)"},
+		{"an image that is none", 0, image.ErrIndex, image.ErrIndex.Error() + "; class format (hint: docs/images.md"},
+	} {
+		if got := advise(pullFailed("ghcr.io", test.kept, test.err)); !strings.HasPrefix(got, test.want) {
+			t.Errorf("%s: %s; want %s", test.what, got, test.want)
+		}
+	}
 	known := errors.New("no such thing (hint: make one)")
-	if err := pullFailed("ghcr.io/acme/macos:15", known); !errors.Is(err, known) || strings.Count(err.Error(), "hint") != 1 {
+	if err := pullFailed("ghcr.io", 0, known); !errors.Is(err, known) || strings.Count(err.Error(), "hint") != 1 {
 		t.Errorf("a hint is added to a hint: %v", err)
 	}
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
@@ -25,6 +24,10 @@ disk; the status is 1 if there is one.
 
 With --repair a bad image is taken out of use: what is good of it is kept, and a pull fetches the
 rest. That needs the store's lock, and no lease on the image.
+
+--json prints an array with an object per image, good or not, or one object if it does not get
+so far.
+` + aboutFailure + `
 
 ` + aboutStore,
 		Example: `paddock image verify --store ~/store
@@ -94,17 +97,13 @@ func verifyImages(ctx context.Context, cmd *cobra.Command, g *globals, store sto
 // verifyOne verifies an image with a progress of its own; the error is only ctx's.
 func verifyOne(ctx context.Context, cmd *cobra.Command, g *globals, v *cache.View, i cache.Seen) (*verdict, error) {
 	name := or(plainRef(i.Ref), i.Digest.Short())
-	bar := newProgress(cmd.ErrOrStderr(), cmd.ErrOrStderr(), name, true, false)
+	bar := g.progress(cmd, name, inBytes)
 	defer bar.end()
-	tell := bar.tell
-	if g.output == "json" {
-		tell = nil
-	}
 	found := &verdict{Digest: i.Digest, Ref: i.Ref, State: stateOf(i), Flaws: []flawRow{}}
 	if !i.Ready && i.Manifest == nil {
 		return found, nil // nothing of it is promised yet
 	}
-	flaws, err := v.Verify(ctx, i.Digest, tell)
+	flaws, err := v.Verify(ctx, i.Digest, bar.tell)
 	if err != nil && ctx.Err() != nil {
 		return nil, err
 	}
@@ -119,7 +118,7 @@ func verifyOne(ctx context.Context, cmd *cobra.Command, g *globals, v *cache.Vie
 }
 
 // repairImages takes those with flaws out of use.
-func repairImages(g *globals, store storeFlag, verdicts []*verdict) (err error) {
+func repairImages(g *globals, store storeFlag, verdicts []*verdict) error {
 	bad := 0
 	for _, v := range verdicts {
 		if len(v.found) > 0 {
@@ -129,25 +128,18 @@ func repairImages(g *globals, store storeFlag, verdicts []*verdict) (err error) 
 	if bad == 0 {
 		return nil
 	}
-	dir, err := store.path(g)
-	if err != nil {
-		return err
-	}
-	s, err := openStore(cache.Config{Dir: dir})
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, s.Close()) }()
-	for _, v := range verdicts {
-		if len(v.found) == 0 {
-			continue
+	return store.change(g, cache.Config{}, func(s *cache.Store) error {
+		for _, v := range verdicts {
+			if len(v.found) == 0 {
+				continue
+			}
+			if err := s.Repair(v.Digest, v.found); err != nil {
+				return fmt.Errorf("%w (hint: an image is repaired while nobody uses it; paddock image list shows who does)", err)
+			}
+			v.Repaired = true
 		}
-		if err := s.Repair(v.Digest, v.found); err != nil {
-			return fmt.Errorf("%w (hint: an image is repaired while nobody uses it; paddock image list shows who does)", err)
-		}
-		v.Repaired = true
-	}
-	return nil
+		return nil
+	})
 }
 
 // tellVerdicts prints them; its error says that something is bad.
@@ -183,6 +175,15 @@ func tellVerdicts(cmd *cobra.Command, g *globals, verdicts []*verdict) error {
 	if err != nil || bad == 0 {
 		return err
 	}
+	err = flawed(verdicts, flaws, bad, repaired)
+	if g.output == "json" {
+		return &toldError{err}
+	}
+	return err
+}
+
+// flawed is the error of a verification that found something.
+func flawed(verdicts []*verdict, flaws, bad, repaired int) error {
 	hint := "--repair takes them out of use and keeps what is good; paddock image pull then fetches only the rest"
 	switch {
 	case repaired > 0:
