@@ -75,6 +75,8 @@ var nodeColumns = []column[api.NodeRow]{
 		}
 		return size(n.PullRate) + "/s"
 	}},
+	{"SITE", true, func(n api.NodeRow) string { return n.Site }},
+	{"PEER", true, func(n api.NodeRow) string { return n.Peer }},
 	{"DRIVER", true, func(n api.NodeRow) string { return n.Driver }},
 	{"PLATFORM", true, func(n api.NodeRow) string { return n.OS + "/" + n.Arch }},
 	{"SEEN", true, func(n api.NodeRow) string { return ago(n.SeenAt) }},
