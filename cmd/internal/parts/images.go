@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
+	"time"
 
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/cache"
@@ -42,6 +43,28 @@ func Sources(c config.Node, token func(ctx context.Context, repository string) (
 		return nil, err
 	}
 	return append(sources, upstream), nil
+}
+
+// layoutTime is how long the start waits for a look at node.layout, which may be a mount
+// that hangs.
+const layoutTime = 5 * time.Second
+
+// checkLayout warns of a node.layout that has no images: it is there for what it saves, and
+// without it everything comes from farther away. A mount may come later, so the node starts.
+func checkLayout(ctx context.Context, dir string, log *slog.Logger) error {
+	if dir == "" {
+		return nil
+	}
+	layout, err := ocidir.Open(dir)
+	if err != nil {
+		return fmt.Errorf("opening the images of node.layout: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, layoutTime)
+	defer cancel()
+	if _, err := layout.List(ctx); err != nil {
+		log.Warn("no images come from node.layout for now", "dir", dir, "error", err)
+	}
+	return nil
 }
 
 // images are a node's store and its ways to other nodes of the site.
@@ -83,6 +106,9 @@ func openImages(ctx context.Context, c NodeConfig, client *api.Client) (*images,
 	}
 	sources, err := Sources(c.Node, tokens.PullToken, c.Log)
 	if err != nil {
+		return nil, err
+	}
+	if err := checkLayout(ctx, c.Node.Layout, c.Log); err != nil {
 		return nil, err
 	}
 	store, err := openStore(ctx, cache.Config{Dir: ImagesDir(c.Node), Sources: sources, Site: site, Streams: c.Node.Streams, Log: c.Log})
