@@ -43,6 +43,8 @@ const (
 	// insistAfter is how long a piece waits for others before their word that they have
 	// it is doubted: nobody whom the site names has it.
 	insistAfter = 15 * time.Second
+	// insistAnyway is how long a piece waits for whatever it is that others do.
+	insistAnyway = 5 * time.Minute
 )
 
 // claims is what a pull knows of its site. It is guarded by supplies.mu, but for wake.
@@ -163,6 +165,7 @@ func (p *supplies) consult(ctx context.Context) time.Duration {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	defer p.news()
 	c := p.claims
 	if err != nil {
 		return p.silent(began, err)
@@ -217,20 +220,17 @@ func (p *supplies) ask() (Ask, []*waiter) {
 			p.claims.granted[s.piece] = time.Now().Add(grantTime)
 		}
 	}
-	var offered []*waiter
-	for _, x := range p.waiting {
-		switch {
-		case !moving:
-			continue // in another pull's turn, claims would only keep others from fetching
-		case x.wish == wishWant:
-			a.Want = append(a.Want, x.piece)
-		case x.wish == wishInsist:
+	if !moving { // in another pull's turn, claims would only keep others from fetching
+		return a, nil
+	}
+	offered := p.wishes()
+	for _, x := range offered {
+		if x.wish == wishInsist {
 			a.Insist = append(a.Insist, x.piece)
-		default:
-			continue
+		} else {
+			a.Want = append(a.Want, x.piece)
 		}
 		x.told = x.wish
-		offered = append(offered, x)
 	}
 	return a, offered
 }

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/image"
 )
 
@@ -19,31 +20,13 @@ type supplies struct {
 	image  *image.Manifest
 	claims *claims // nil: there is no site
 
+	numbers map[fleet.Digest]int // of the pieces
+
 	mu       sync.Mutex
-	waiting  []*waiter
+	queue    queue
 	open     []*supply
 	inflight map[string]int64 // by source: bytes chosen there that have not come
 	out      map[string]error // sources that refused this image
-}
-
-// waiter is a piece that waits for a supply.
-type waiter struct {
-	fetch  *fetch
-	want   Want
-	piece  int
-	rank   uint64
-	tried  map[string]error
-	wish   wish
-	told   wish // what of it was offered to the site
-	denied bool // it was not granted when it was last offered
-	since  time.Time
-	got    chan chosen
-}
-
-// chosen is what a waiter gets.
-type chosen struct {
-	supply *supply
-	err    error
 }
 
 // supply is one source, chosen for one piece.
@@ -66,6 +49,10 @@ func (f *fetch) newSupplies() *supplies {
 	p := &supplies{
 		store: f.store, turn: f.turn, image: f.image,
 		inflight: make(map[string]int64), out: make(map[string]error),
+		numbers: make(map[fleet.Digest]int),
+	}
+	for content, at := range newHolding(f.image).places {
+		p.numbers[content] = at.number
 	}
 	if f.store.site != nil {
 		p.claims = newClaims(f)
@@ -87,173 +74,6 @@ func (f *fetch) begin(ctx context.Context) (end func()) {
 		p.claims.have[n] = true
 	}
 	return p.talk(ctx)
-}
-
-// choose picks the source for a piece, and returns when one of the pull's streams is free
-// for it. It is called for all missing pieces at once, each in a goroutine of its own: how
-// many move bytes at a time, and in which order, is decided here, since a piece that
-// another node fetches must not keep one waiting that can move. It fails when no source
-// is left, with what was tried (by the source's Name).
-func (f *fetch) choose(ctx context.Context, w Want, tried map[string]error) (*supply, error) {
-	if err := f.await(ctx); err != nil {
-		return nil, err
-	}
-	p := f.turn.supplies.Load()
-	x := p.wait(f, w, tried)
-	p.schedule()
-	select {
-	case c := <-x.got:
-		return c.supply, c.err
-	case <-ctx.Done():
-		if !p.withdraw(x) {
-			if c := <-x.got; c.supply != nil {
-				c.supply.ended(ctx.Err())
-			}
-		}
-		return nil, ctx.Err()
-	}
-}
-
-// wait queues a piece up: in disk order if there is no site, else in an order of this
-// pull's own, so that nodes which pull together fetch different pieces.
-func (p *supplies) wait(f *fetch, w Want, tried map[string]error) *waiter {
-	n, _ := p.image.Piece(w.Chunk.Content)
-	x := &waiter{fetch: f, want: w, piece: n, rank: uint64(n), tried: tried, since: time.Now(), got: make(chan chosen, 1)}
-	if p.claims != nil {
-		x.rank = p.claims.rank(n)
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	i, _ := slices.BinarySearchFunc(p.waiting, x.rank, func(a *waiter, rank uint64) int {
-		if a.rank < rank {
-			return -1
-		}
-		return 1
-	})
-	p.waiting = slices.Insert(p.waiting, i, x)
-	return x
-}
-
-// withdraw takes a waiter back; false: it got its supply already.
-func (p *supplies) withdraw(x *waiter) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	i := slices.Index(p.waiting, x)
-	if i >= 0 {
-		p.waiting = slices.Delete(p.waiting, i, i+1)
-	}
-	return i >= 0
-}
-
-// schedule gives supplies to those who wait, as far as streams are free. It is called
-// whenever something has changed that could let a piece move. Pieces that are claimed for
-// this node go first: others wait for them.
-func (p *supplies) schedule() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.claims != nil {
-		p.waiting = slices.DeleteFunc(p.waiting, func(x *waiter) bool { return p.claims.holds(x) && p.serve(x) })
-	}
-	p.waiting = slices.DeleteFunc(p.waiting, p.serve)
-	if slices.ContainsFunc(p.waiting, func(x *waiter) bool { return x.wish != x.told && x.wish != wishNone }) {
-		p.claims.stir()
-	}
-}
-
-// serve gives a waiter its supply or its error, if it can; p.mu is held.
-func (p *supplies) serve(x *waiter) bool {
-	full := len(p.open) >= p.store.allowed()
-	if full && p.claims == nil {
-		return false // there is no wish to find out
-	}
-	src, wire, err := p.pick(x)
-	switch {
-	case err != nil:
-		x.got <- chosen{err: err}
-		return true
-	case src == nil, full:
-		return false
-	}
-	s := &supply{fetch: x.fetch, supplies: p, source: src, want: x.want, piece: x.piece, left: wire, wire: wire, last: time.Now()}
-	p.open = append(p.open, s)
-	p.inflight[src.Name()] += wire
-	p.store.tracks.with(src, func(t *track, _ time.Time) { t.users++ })
-	x.got <- chosen{supply: s}
-	return true
-}
-
-// option is a source that could give a piece.
-type option struct {
-	source  Source
-	wire    int64
-	seconds float64
-	awake   bool
-}
-
-// pick chooses for one waiter: a source, or an error if none is left, or neither while it
-// has to wait for the site; p.mu is held. The least estimated seconds win, queue included.
-// A source that rests is taken only if no other is there.
-func (p *supplies) pick(x *waiter) (Source, int64, error) {
-	options := p.options(x)
-	x.wish = wishNone
-	if len(options) == 0 {
-		if p.claims != nil && p.claims.patient() {
-			return nil, 0, nil
-		}
-		return nil, 0, p.exhausted(x)
-	}
-	var best, outside option // outside: what the site would have to grant first
-	near := false            // some node of the site is said to have it
-	for _, o := range options {
-		near = near || o.source.Kind() == KindPeer
-		if o.source.Kind() == KindRegistry && !p.mayFetch(x) {
-			if outside.source == nil || o.better(outside) {
-				outside = o
-			}
-		} else if best.source == nil || o.better(best) {
-			best = o
-		}
-	}
-	if outside.source == nil || best.source != nil && best.awake && (x.denied || !outside.better(best)) {
-		return best.source, best.wire, nil
-	}
-	x.wish = wishWant
-	failed := p.claims.nearby(x) && (best.source == nil || !best.awake || !near)
-	if failed || best.source == nil && time.Since(x.since) > insistAfter {
-		x.wish = wishInsist
-	}
-	return nil, 0, nil
-}
-
-// better reports whether a source is to be taken rather than another.
-func (o option) better(than option) bool {
-	if o.awake != than.awake {
-		return o.awake
-	}
-	return o.seconds < than.seconds
-}
-
-// options are the sources that could give a piece; p.mu is held.
-func (p *supplies) options(x *waiter) []option {
-	var options []option
-	for _, src := range p.sources() {
-		name := src.Name()
-		if x.tried[name] != nil || p.out[name] != nil {
-			continue
-		}
-		// The content of a legacy disk has no digest, so nothing but its blobs can be verified.
-		if src.Kind() == KindPeer && x.want.Chunk.Legacy() {
-			continue
-		}
-		wire, ok := src.Has(x.want)
-		if !ok {
-			continue
-		}
-		rate, awake := p.store.tracks.look(src)
-		seconds := float64(wire+p.inflight[name]) / rate
-		options = append(options, option{src, wire, seconds, awake})
-	}
-	return options
 }
 
 // sources are the configured ones and the peers; p.mu is held.
@@ -333,8 +153,10 @@ func (s *supply) settle(err error) {
 	if refused {
 		p.out[name] = err
 	}
+	news := err != nil
 	p.store.tracks.with(s.source, func(t *track, now time.Time) {
 		t.users--
+		news = news || t.failures > 0 // one that was tried is well
 		switch {
 		case err == nil:
 			t.failures = 0
@@ -342,6 +164,9 @@ func (s *supply) settle(err error) {
 			t.failed(now)
 		}
 	})
+	if news {
+		p.news()
+	}
 	if refused {
 		p.store.log.Info("a source refuses an image, so it is left out", "image", s.want.Image, "source", name, "class", class, "error", err)
 	}

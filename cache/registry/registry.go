@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -76,6 +77,7 @@ type Client struct {
 	stall    time.Duration
 	floor    int64
 	log      *slog.Logger
+	last     atomic.Pointer[placed]
 
 	mu    sync.Mutex
 	ports map[string]*port // by repository

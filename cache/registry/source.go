@@ -95,18 +95,37 @@ func (c *Client) setMirror(mirror, only string) error {
 	return nil
 }
 
+// placed is a reference that was read: the pieces of an image are asked for by the same one,
+// thousands of times.
+type placed struct {
+	ref       string
+	own, here image.Reference // at its registry, and where this client asks for it
+	err       error           // why it is not asked for here
+}
+
 // place is where a reference is asked for: at its own registry, or at the mirror. What
 // must not be asked for at all is an error.
 func (c *Client) place(ref string) (image.Reference, error) {
-	r, err := image.ParseReference(ref)
-	if err != nil {
-		return r, &cache.Error{Class: cache.ClassFormat, Err: err}
+	at := c.last.Load()
+	if at == nil || at.ref != ref {
+		own, err := image.ParseReference(ref)
+		if err != nil {
+			return own, &cache.Error{Class: cache.ClassFormat, Err: err}
+		}
+		at = &placed{ref: ref, own: own}
+		at.here, at.err = c.reroute(own)
+		c.last.Store(at)
 	}
 	if c.allow != nil {
-		if err := c.allow(r.Repository().Name()); err != nil {
-			return r, &cache.Error{Class: cache.ClassAuth, Err: err}
+		if err := c.allow(at.own.Repository().Name()); err != nil {
+			return at.own, &cache.Error{Class: cache.ClassAuth, Err: err}
 		}
 	}
+	return at.here, at.err
+}
+
+// reroute finds what a reference is called at the mirror, if there is one.
+func (c *Client) reroute(r image.Reference) (image.Reference, error) {
 	if c.mirror == "" {
 		return r, nil
 	}
@@ -120,8 +139,9 @@ func (c *Client) place(ref string) (image.Reference, error) {
 	if r.Digest() != "" {
 		there += "@" + string(r.Digest())
 	}
-	if r, err = image.ParseReference(there); err != nil {
+	here, err := image.ParseReference(there)
+	if err != nil {
 		return r, &cache.Error{Class: cache.ClassFormat, Err: fmt.Errorf("at mirror %s: %w", c.mirror, err)}
 	}
-	return r, nil
+	return here, nil
 }
