@@ -121,7 +121,7 @@ func (s *Store) Evict(d fleet.Digest) error {
 		s.move(e, s.leftover(d, before))
 		return fmt.Errorf("evicting image %s: %w", d.Short(), err)
 	}
-	e.failures, e.DiskBytes, e.Total, e.UsedAt = 0, 0, 0, time.Time{}
+	e.failures, e.DiskBytes, e.Total, e.UsedAt, e.ReadyAt = 0, 0, 0, time.Time{}, time.Time{}
 	e.done.Store(0)
 	e.holding, e.have = nil, nil
 	s.move(e, gone)

@@ -201,7 +201,7 @@ func (s *Store) arrived(e *entry, m *image.Manifest) error {
 	if from := e.State; !s.move(e, fleet.ImageReady) {
 		return fmt.Errorf("the image is on disk, and cannot become ready from %q", from)
 	}
-	e.DiskBytes = size
+	e.DiskBytes, e.ReadyAt = size, time.Now()
 	s.log.Info("image ready", "image", e.Digest, "ref", e.Ref, "wire_bytes", m.Bytes(), "disk_bytes", size)
 	return nil
 }

@@ -186,6 +186,9 @@ func (s *Store) adoptImage(d fleet.Digest) error {
 	e := s.entry(d)
 	e.DiskBytes = size
 	e.Ref, e.UsedAt = readMeta(dir)
+	if info, err := os.Stat(dir); err == nil {
+		e.ReadyAt = info.ModTime() // nothing is made or removed in it once it is published
+	}
 	s.move(e, fleet.ImageReady)
 	return nil
 }

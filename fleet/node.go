@@ -85,6 +85,8 @@ type NodeImage struct {
 	Leases int `json:"leases,omitempty"`
 	// UsedAt is the last lease, for eviction by recency.
 	UsedAt time.Time `json:"used_at,omitzero"`
+	// ReadyAt is when it became ready, by the node's clock, for how long it stays at least.
+	ReadyAt time.Time `json:"ready_at,omitzero"`
 	// Class and Error say why a pull failed; RetryAt when it is tried again.
 	Class   string    `json:"class,omitempty"` // auth, not-found, network, disk, digest
 	Error   string    `json:"error,omitempty"`

@@ -54,7 +54,7 @@ func Evictions(s Snapshot, id fleet.NodeID, free int64) []NodeEvictions {
 	told := []NodeEvictions{}
 	for i := range p.nodes {
 		if n := &p.nodes[i]; free > 0 && (id == "" || id == n.in.ID) && n.in.Reachable {
-			p.letGo(n, free, classPool, 0, "room that was asked for")
+			p.letGo(n, free, grant{worst: classPool}, "room that was asked for")
 		}
 	}
 	ordered := map[fleet.NodeID][]Eviction{}

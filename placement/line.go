@@ -74,7 +74,8 @@ func (p *pass) look(e *entry) {
 		e.pool, e.refusal = -1, Refusal{Reason: ReasonUnresolved, Pool: pool.Name}
 		return
 	}
-	p.images[pool.image].wanted = true
+	image := &p.images[pool.image]
+	image.waiting, image.waited = image.waiting+1, max(image.waited, e.age)
 }
 
 // poolKey is equal for jobs that PoolFor cannot tell apart.

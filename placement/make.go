@@ -224,7 +224,7 @@ func (p *pass) order(pool *pool, c *candidate, demand bool) {
 		}
 		p.plan.Hold = append(p.plan.Hold, Hold{Node: n.in.ID, Digest: p.images[pool.image].Digest, Ref: pool.Image, Why: why})
 		r.held = int32(len(p.plan.Hold))
-		p.makeRoom(pool, n)
+		p.makeRoom(pool, n, demand)
 	}
 	h := &p.plan.Hold[r.held-1]
 	h.Demand, h.Priority = h.Demand || demand, max(h.Priority, pool.Priority)

@@ -91,7 +91,7 @@ type options map[string]string
 //	image NAME pull=20GB disk=50GB
 //	pool NAME image=I [scopes=acme,b/c labels=a,b min-idle= max= max-per-repo= priority= growth=10GB nodes=n1,tag:value public hosted]
 //	node NAME [slots=2 free=400GB rate=100MB has=I,J leased=I pulling=I:5GB queued=I:0GB failed=I hold=I prewarm=I
-//	          paused=I:5GB verifying=I marked=I recalled=I pinned=I shared=I:3GB boots=I:20s states=I:2 resumes=I:900ms tags=k:v failures= failing=P cordoned unreachable]
+//	          paused=I:5GB verifying=I marked=I recalled=I pinned=I shared=I:3GB boots=I:20s states=I:2 resumes=I:900ms came=I:3m tags=k:v failures= failing=P cordoned unreachable]
 //	vm NAME on=NODE pool=P [state=busy idle job=7 ends=4m]
 //	job ID [repo=acme/app name=build age=1m labels=a,b public]
 //	duration REPO name=build 5m      running REPO 3      wait-cap 20m      explain ID
@@ -248,7 +248,7 @@ func (c *cast) node(name string, o options) Node {
 			n.Images = append(n.Images, c.nodeImage(image, gigabytes(done), state, key))
 		}
 	}
-	for _, key := range []string{"boots", "states", "resumes"} {
+	for _, key := range []string{"boots", "states", "resumes", "came"} {
 		for _, s := range o.list(key) {
 			image, figure, _ := strings.Cut(s, ":")
 			at := slices.IndexFunc(n.Images, func(on fleet.NodeImage) bool { return on.Ref == image })
@@ -257,6 +257,8 @@ func (c *cast) node(name string, o options) Node {
 				start.Cold = o.duration(figure)
 			case "states":
 				start.States = number(figure)
+			case "came":
+				n.Images[at].ReadyAt = c.Now.Add(-o.duration(figure))
 			case "resumes":
 				start.Saved = o.duration(figure)
 			}

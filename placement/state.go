@@ -43,11 +43,13 @@ type repository struct{ bound, planned int }
 // image is one digest that pools use.
 type image struct {
 	fleet.Image
-	pools  []int   // that use it
-	copies int     // ready ones on reachable nodes
-	slots  int     // of the nodes that have those copies
-	wanted bool    // a job of this pass needs it
-	lambda float64 // jobs per hour that ask for it; 0: none, or not known
+	pools  []int // that use it
+	copies int   // ready ones on reachable nodes
+	slots  int   // of the nodes that have those copies
+	// waiting counts the jobs of this pass that need it; waited is the age of the oldest.
+	waiting int
+	waited  time.Duration
+	lambda  float64 // jobs per hour that ask for it; 0: none, or not known
 	// cold is what a cold boot takes where the node itself did not measure it: the mean of
 	// the nodes that did, of which measured is the number.
 	cold     time.Duration
@@ -80,11 +82,14 @@ type node struct {
 	total int64 // bytes that the image store has in all: what is left and what images fill
 	used  int   // slots used, bound or reserved
 	slots []slot
-	have  []residence    // by image
-	gone  []fleet.Digest // images that this pass lets go
+	have  []residence // by image
+	due   int64       // bytes of disk that come free by images on their way out
 
-	evictable int64 // see the function of that name
-	counted   int   // 1 + pass.evictions when it was counted; 0: not yet
+	leaving   map[fleet.Digest]bool // see leave; nil: none
+	evictions int                   // orders to let go that stand in the plan
+	evictable int64                 // see the function of that name
+	guarded   []victim              // those that go for some purposes only
+	counted   int                   // 1 + pass.evictions when both were found; 0: not yet
 	tie       time.Duration
 }
 
@@ -228,6 +233,12 @@ func (p *pass) indexImages(n *node) {
 			r.queued = r.demand
 		}
 	}
+	for _, d := range n.in.Evict {
+		n.leave(d)
+	}
+	for _, d := range n.in.Recalled {
+		n.leave(d)
+	}
 	for i := range n.in.Images {
 		p.indexImage(n, &n.in.Images[i])
 	}
@@ -248,6 +259,7 @@ func (p *pass) indexImage(n *node, on *fleet.NodeImage) {
 	n.total += on.DiskBytes
 	if on.State == fleet.ImageEvicting {
 		n.disk += on.DiskBytes // about to be free
+		n.due += on.DiskBytes
 	}
 	k, known := p.index[on.Digest]
 	if !known {
@@ -257,7 +269,7 @@ func (p *pass) indexImage(n *node, on *fleet.NodeImage) {
 		return
 	}
 	r := &n.have[k]
-	if p.leaving(n, on.Digest) {
+	if n.leaving[on.Digest] {
 		*r = residence{gone: true, left: p.images[k].Bytes, disk: p.images[k].DiskBytes}
 		return
 	}

@@ -55,7 +55,7 @@ func (p *pass) whyGoes(n *node, v *victim) string {
 		return fmt.Sprintf("nobody waits for this pull, which ended at %s of %s", size(v.on.Done), size(v.on.Total))
 	case classSpare:
 		return "no pool uses it, " + p.lastUsed(v.on)
-	case classPool:
+	case classPool, classLast, classWanted:
 	}
 	k := p.index[v.on.Digest]
 	copies := fmt.Sprintf("%d other copies", p.others(n, k))
@@ -118,10 +118,13 @@ func (p *pass) whyStays(n *node, on *fleet.NodeImage, why Stay) string {
 	case StayNeeded:
 		return "a job is to start from it there"
 	case StayLast:
-		if k := p.index[on.Digest]; !p.images[k].wanted {
+		if k := p.index[on.Digest]; p.images[k].waiting == 0 {
 			return fmt.Sprintf("it is the last copy of an image in demand, %.2g jobs an hour", p.images[k].lambda)
 		}
 		return "it is the last copy of an image in demand: jobs wait for it"
+	case StayFresh:
+		v := p.weighImage(n, on)
+		return fmt.Sprintf("it came %s ago; a job has its room that has waited for %s", about(p.s.Now.Sub(on.ReadyAt).Abs()), about(v.after))
 	case StaySilent, StayRecalled: // said where they are found
 	}
 	return string(why)

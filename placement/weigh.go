@@ -39,7 +39,8 @@ func (c *candidate) ready() time.Duration { return max(c.wait, c.image) + c.boot
 func (p *pass) weigh(pool *pool, ni int, strict bool) candidate {
 	n := &p.nodes[ni]
 	c := candidate{node: ni}
-	if c.refusal = p.room(pool, n); c.refusal != "" {
+	var last bool
+	if c.refusal, last = p.room(pool, n, !strict); c.refusal != "" {
 		return c
 	}
 	r := &n.have[pool.image]
@@ -60,7 +61,10 @@ func (p *pass) weigh(pool *pool, ni int, strict bool) candidate {
 	c.slot, c.wait = n.pick(c.image == 0, strict)
 	spread := spreadWeight * time.Duration(n.used) / time.Duration(len(n.slots))
 	c.boot, c.saved = p.start(n, pool.image)
-	c.cost = c.ready() + time.Duration(p.alpha*float64(own)).Round(time.Millisecond) + n.tie + spread.Round(time.Millisecond)
+	if last {
+		c.cost = own // somebody will have to wait for about as long a pull of what goes
+	}
+	c.cost += c.ready() + time.Duration(p.alpha*float64(own)).Round(time.Millisecond) + n.tie + spread.Round(time.Millisecond)
 	return c
 }
 

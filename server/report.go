@@ -211,7 +211,7 @@ func steady(n fleet.Node) fleet.Node {
 	n.Sequence, n.SeenAt, n.DiskFree, n.PullRate, n.Rev = 0, time.Time{}, 0, 0, 0
 	images := slices.Clone(n.Images)
 	for i := range images {
-		images[i].Done, images[i].DiskBytes, images[i].UsedAt = 0, 0, time.Time{}
+		images[i].Done, images[i].DiskBytes, images[i].UsedAt, images[i].ReadyAt = 0, 0, time.Time{}, time.Time{}
 		images[i].RetryAt = images[i].RetryAt.UTC()
 		images[i].Start = fleet.ImageStart{} // weighed when something else is decided
 	}
