@@ -6,14 +6,18 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"time"
 )
 
 // Error is a refusal by the controller, or by the client before it asks: what is wrong
-// and what to do about it. On the wire it is {"error": …, "hint": …}.
+// and what to do about it. On the wire it is
+// {"error": …, "hint": …, "again": …}.
 type Error struct {
 	Status  int    `json:"-"` // of HTTP; 0: the controller was not asked
 	Message string `json:"error"`
 	Hint    string `json:"hint,omitempty"`
+	// Again is how long to wait before the same is asked again; 0: nothing is known of it.
+	Again time.Duration `json:"again,omitempty"`
 }
 
 func (e *Error) Error() string {

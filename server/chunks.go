@@ -44,7 +44,11 @@ func (s *Server) chunks(ctx context.Context, c call, q api.ChunksRequest) (api.C
 	if err != nil {
 		return api.ChunksReply{}, err
 	}
-	known, err := s.knowing(ctx, c.now, node, func(at *sites) error { return mayPull(at.view, node, q.Image) })
+	if wait := s.lastWords.early(wordOn{node, q.Image, q.Pieces == 0, q.Leave}, c.now); wait > 0 {
+		return api.ChunksReply{}, &api.Error{Status: http.StatusTooManyRequests, Again: wait,
+			Message: fmt.Sprintf("node %s spoke of image %s just now", node, q.Image.Short()), Hint: "speak when the last answer said"}
+	}
+	known, err := s.knowing(ctx, c.now, node, func(at *sites) error { return s.mayPull(at.view, node, q.Image) })
 	if err != nil {
 		return api.ChunksReply{}, err
 	}
@@ -104,33 +108,6 @@ func (s *Server) knowing(ctx context.Context, now time.Time, node fleet.NodeID, 
 		return nil, refusal(http.StatusServiceUnavailable, fmt.Sprintf("node %s has not reported since the store was made", node), "try again after its next sync")
 	}
 	return known, agrees(known)
-}
-
-// mayPull refuses an image that the node was neither ordered to hold nor reports.
-func mayPull(view *store.View, node fleet.NodeID, d fleet.Digest) error {
-	if o := view.Orders[node]; o != nil && slices.ContainsFunc(o.Hold, func(h fleet.Hold) bool { return h.Digest == d }) {
-		return nil
-	}
-	if n := view.Nodes[node]; n != nil {
-		if i, ok := n.Image(d); ok && holds(i.State) {
-			return nil
-		}
-	}
-	if slices.ContainsFunc(view.VMsOn(node), func(vm *fleet.VM) bool { return vm.Image == d && !vm.State.Final() }) {
-		return nil
-	}
-	return refusal(http.StatusForbidden, fmt.Sprintf("node %s neither shall hold image %s nor reports that it pulls it", node, d.Short()),
-		"a node asks only for what it was ordered to pull; by hand: paddock image pull")
-}
-
-// holds: the node has the image, or parts of it and means to get the rest.
-func holds(state fleet.ImageState) bool {
-	switch state {
-	case fleet.ImageQueued, fleet.ImageCaching, fleet.ImagePaused, fleet.ImageVerifying, fleet.ImageReady:
-		return true
-	case fleet.ImageEvicting, fleet.ImageFailed:
-	}
-	return false
 }
 
 // checkChunks refuses what no agent of ours sends, and reads the pieces it has.

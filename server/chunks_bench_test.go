@@ -47,6 +47,9 @@ func benchChunkWords(b *testing.B, nodes int) {
 	var running sync.WaitGroup
 	running.Go(func() { _ = s.Run(ctx) })
 	defer func() { stop(); running.Wait(); _ = s.Close() }()
+	if err := s.Commit(b.Context(), store.Txn{Images: []fleet.Image{{Ref: ref, Digest: digest}}}); err != nil {
+		b.Fatal(err)
+	}
 	key := access.NewKey()
 	server, err := New(Config{Store: s, Key: key, Fleet: "f", Pools: func() []fleet.Pool { return []fleet.Pool{pool} }})
 	if err != nil {

@@ -57,6 +57,7 @@ func (r *rollout) round() (done bool) {
 			continue
 		}
 		done = false
+		r.h.advance(wordGap)
 		reply, err := m.client.Chunks(r.h.t.Context(), m.id, r.word(i))
 		if err != nil {
 			if status(r.h.t, err) != http.StatusServiceUnavailable {

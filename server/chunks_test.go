@@ -19,9 +19,11 @@ import (
 	"github.com/paddock-ci/paddock/store"
 )
 
-// puller is a mac with a port for others that pulls the image of the cast.
+// puller is a mac with a port for others that pulls the image of the cast, which is the
+// pool's.
 func (h *house) puller(id fleet.NodeID, state fleet.ImageState) *mac {
 	h.t.Helper()
+	h.commit(store.Txn{Images: []fleet.Image{{Ref: ref, Digest: digest}}})
 	m := h.mac(id)
 	m.peer = fleet.NodePeer{Address: string(id) + ".example:7843", Certificate: fmt.Sprintf("%064x", []byte(id))}
 	m.reports(state)
@@ -52,9 +54,10 @@ func lacks(have ...int) api.ChunksRequest {
 	return q
 }
 
-// asks says a word that must be answered.
+// asks says a word that must be answered, in its time.
 func (m *mac) asks(q api.ChunksRequest) api.ChunksReply {
 	m.h.t.Helper()
+	m.h.advance(wordGap)
 	reply, err := m.client.Chunks(m.h.t.Context(), m.id, q)
 	if err != nil {
 		m.h.t.Fatal(err)
@@ -99,7 +102,7 @@ func TestChunks(t *testing.T) {
 		t.Fatal(err)
 	}
 	grant, err := verifier.Verify(r.Peers[0].Token, "mac1", digest, h.clock())
-	if err != nil || grant.Receiver != "mac2" || grant.ReceiverCertificate != two.peer.Certificate || grant.ExpiresAt.Sub(h.clock()) != access.PeerLife {
+	if err != nil || grant.Receiver != "mac2" || grant.ReceiverCertificate != two.peer.Certificate || grant.ExpiresAt.Sub(h.clock()).Round(time.Second) != access.PeerLife {
 		t.Errorf("%+v, %v", grant, err)
 	}
 	if r := three.asks(lacks()); len(r.Grant) != 10 || len(r.Peers) != 0 {
@@ -297,6 +300,13 @@ func TestChunksRefused(t *testing.T) {
 			t.Errorf("%s: %d %s, want %d with a hint", name, code, body, c.status)
 		}
 	}
+	// Twice at once costs nothing the second time; the last word has not to wait.
+	if code, body := h.request("POST", "/v1/nodes/mac1/chunks", mac1, string(good)); code != http.StatusTooManyRequests || !strings.Contains(body, fmt.Sprintf(`"again":%d`, wordGap)) {
+		t.Errorf("twice at once: %d %s", code, body)
+	}
+	if code, body := h.request("POST", "/v1/nodes/mac1/chunks", mac1, with(func(q *api.ChunksRequest) { q.Leave = true })); code != http.StatusOK {
+		t.Errorf("the last word: %d %s", code, body)
+	}
 	// What was ordered a moment ago may be asked for at once, and so may what a VM needs.
 	other := fleet.Digest("sha256:" + strings.Repeat("8", 64))
 	h.commit(store.Txn{Orders: []fleet.Orders{{Node: "mac1", Hold: []fleet.Hold{{Digest: other, Ref: ref}}}}})
@@ -307,8 +317,10 @@ func TestChunksRefused(t *testing.T) {
 	}
 	two := h.mac("mac2")
 	two.say()
-	h.place("vmaaaaaa", "mac2")
-	if r := two.asks(lacks()); !slices.Equal(peerNames(r), []fleet.NodeID{"mac1"}) {
+	third := fleet.Digest("sha256:" + strings.Repeat("7", 64))
+	h.commit(store.Txn{VMs: []fleet.VM{{ID: "vmaaaaaa", Node: "mac2", Pool: "gone", Image: third, State: fleet.VMPlaced, PlacedAt: h.clock()}}})
+	q.Image = third
+	if r := two.asks(q); len(r.Grant) != 10 {
 		t.Errorf("%+v", r)
 	}
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"slices"
 	"sync"
 	"time"
 
@@ -15,7 +14,6 @@ import (
 	"github.com/paddock-ci/paddock/api"
 	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/fleet"
-	"github.com/paddock-ci/paddock/store"
 )
 
 const (
@@ -67,41 +65,6 @@ func (s *Server) pullToken(ctx context.Context, c call, q api.PullTokenRequest) 
 			Text: fmt.Sprintf("a token for pulls from %s until %s", repository.Name(), bought.ends.UTC().Format(time.TimeOnly))})
 	}
 	return api.PullTokenReply{Token: bought.token, ExpiresAt: bought.ends}, nil
-}
-
-// mayPullFrom refuses repositories of no image that the node may pull. What the node says
-// of itself counts only for images that the configuration or the leader knows: else any
-// repository that the controller can read would be open to any node.
-func (s *Server) mayPullFrom(view *store.View, node fleet.NodeID, repository string) error {
-	if o := view.Orders[node]; o != nil && slices.ContainsFunc(o.Hold, func(h fleet.Hold) bool { return repositoryOf(h.Ref) == repository }) {
-		return nil
-	}
-	ours := func(ref string) bool {
-		return view.Images[ref] != nil || slices.ContainsFunc(s.c.Pools(), func(p fleet.Pool) bool { return p.Image == ref })
-	}
-	if n := view.Nodes[node]; n != nil {
-		for _, i := range n.Images {
-			if holds(i.State) && i.State != fleet.ImageReady && repositoryOf(i.Ref) == repository && ours(i.Ref) {
-				return nil
-			}
-		}
-	}
-	for _, vm := range view.VMsOn(node) {
-		i := slices.IndexFunc(s.c.Pools(), func(p fleet.Pool) bool { return p.Name == vm.Pool })
-		if i >= 0 && !vm.State.Final() && repositoryOf(s.c.Pools()[i].Image) == repository {
-			return nil
-		}
-	}
-	return refusal(http.StatusForbidden, cut(fmt.Sprintf("node %s has no order to pull from %s", node, repository)), "a node gets tokens only for images that it was ordered to hold")
-}
-
-// repositoryOf is the full name of an image's repository, "" if it has none.
-func repositoryOf(ref string) string {
-	r, err := name.ParseReference(ref)
-	if err != nil {
-		return ""
-	}
-	return r.Context().Name()
 }
 
 // boughtToken is what a registry answered.

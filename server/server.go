@@ -89,9 +89,13 @@ type Server struct {
 	waiters  waiters
 
 	siteCache  siteCache
+	ordered    ordered
+	lastWords  lastWords
 	peerKey    string // checks the tokens that peerTokens signs
 	peerTokens *peerTokens
 	pullTokens *pullTokens
+
+	weighing chan struct{} // full while a pass over the evictions runs
 
 	times    sessionTimes
 	engine   *gin.Engine

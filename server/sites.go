@@ -17,6 +17,11 @@ const (
 	// sitesAge is how old a picture of the sites may be: peers come and go in minutes, and
 	// 1,000 nodes that ask once a second cost one look at the store.
 	sitesAge = time.Second
+	// freshGap is the least time between looks for those that need a newer picture.
+	freshGap = 100 * time.Millisecond
+	// askedLately is how long after its last word on an image a node is known to pull with
+	// its site: a few times againAtMost.
+	askedLately = 30 * time.Second
 	// peerSilent is the silence after which a node is no peer.
 	peerSilent = 90 * time.Second
 	// egressSlack is by how much, in percent, the number of nodes that fetch from outside
@@ -36,7 +41,8 @@ type sites struct {
 	at    time.Time
 	ready map[place][]*fleet.Node // that serve all of an image, by id
 	parts map[place][]*fleet.Node // that pull it, have bytes of it and serve, by id
-	// outside are the nodes that fetch from outside their site now, as far as that matters.
+	// outside are the nodes that fetch from outside their site now: those that have claims,
+	// and those that pull without asking their site.
 	outside map[fleet.NodeID]bool
 }
 
@@ -46,6 +52,8 @@ type siteCache struct {
 
 	mu      sync.Mutex
 	last    *sites
+	looks   int           // fresh ones so far
+	next    time.Time     // when the next fresh look may be made, by the true clock
 	sharers int           // nodes that were told to share the bandwidth
 	changed chan struct{} // closed when that number changes
 }
@@ -67,13 +75,47 @@ func (s *Server) sites(ctx context.Context, now time.Time) (*sites, error) {
 	return fresh.(*sites), nil
 }
 
-// freshSites is sites with all that was written before the call.
+// freshSites is sites with all that was written before the call. Calls that come within
+// freshGap share a look: what makes one fail is cheap to ask for.
 func (s *Server) freshSites(ctx context.Context, now time.Time) (*sites, error) {
-	return s.lookAtSites(ctx, now)
+	c := &s.siteCache
+	done := c.flight.DoChan("fresh", func() (any, error) {
+		<-time.After(c.turn())
+		c.flight.Forget("fresh") // what is written from now on, this look may miss
+		return s.lookAtSites(context.WithoutCancel(ctx), now)
+	})
+	select {
+	case r := <-done:
+		if r.Err != nil {
+			return nil, r.Err
+		}
+		return r.Val.(*sites), nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// turn is how long to wait for the next look's turn.
+func (c *siteCache) turn() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	if c.next.Before(now) {
+		c.next = now
+	}
+	c.looks++
+	wait := c.next.Sub(now)
+	c.next = c.next.Add(freshGap)
+	return wait
 }
 
 func (s *Server) lookAtSites(ctx context.Context, now time.Time) (*sites, error) {
 	view, err := s.c.Store.View(ctx)
+	if err != nil {
+		return nil, err
+	}
+	s.ordered.note(view, s.c.Pools(), now)
+	asking, err := s.c.Store.Askers(ctx, askedLately)
 	if err != nil {
 		return nil, err
 	}
@@ -91,7 +133,7 @@ func (s *Server) lookAtSites(ctx context.Context, now time.Time) (*sites, error)
 			case holds(image.State) && image.Done > 0:
 				fresh.parts[at] = append(fresh.parts[at], n)
 			}
-			if image.State == fleet.ImageCaching && demanded(view.Orders[id], image.Digest) {
+			if _, asks := slices.BinarySearch(asking, id); image.State == fleet.ImageCaching && !asks {
 				fresh.outside[id] = true
 			}
 		}
@@ -111,15 +153,6 @@ func (s *Server) lookAtSites(ctx context.Context, now time.Time) (*sites, error)
 	s.siteCache.keep(fresh)
 	s.metrics.outside.Set(float64(len(fresh.outside)))
 	return fresh, nil
-}
-
-// demanded: a job waits for the image on the node. Without orders, as after the store was
-// emptied, that is not known and counts as so.
-func demanded(o *fleet.Orders, image fleet.Digest) bool {
-	if o == nil {
-		return true
-	}
-	return slices.ContainsFunc(o.Hold, func(h fleet.Hold) bool { return h.Digest == image && h.Demand })
 }
 
 func compareIDs(a, b fleet.NodeID) int {

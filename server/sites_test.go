@@ -37,10 +37,11 @@ func TestBandwidth(t *testing.T) {
 	one.wantBandwidth(600)
 	two.wantBandwidth(600)
 	idle.wantBandwidth(400)
-	// A pre-warm that waits for others does not count, until it has a claim.
-	three := h.mac("mac3")
-	h.commit(store.Txn{Orders: []fleet.Orders{{Node: "mac3", Hold: []fleet.Hold{{Digest: digest, Ref: ref}}}}})
-	three.reports(fleet.ImageCaching)
+	// Who asks its site and has no claim waits for the others, and does not count.
+	three := h.puller("mac3", fleet.ImageCaching)
+	waits := lacks()
+	waits.Want = nil
+	three.asks(waits)
 	one.wantBandwidth(600)
 	three.asks(lacks())
 	one.wantBandwidth(400)
@@ -52,6 +53,43 @@ func TestBandwidth(t *testing.T) {
 	one.wantBandwidth(1200)
 	h.advance(peerSilent) // mac1 says nothing any more
 	idle.wantBandwidth(1200)
+}
+
+// Of 100 nodes that pull an image of 46 pieces the few that have claims share the bandwidth:
+// what nobody may use is nobody's.
+func TestBandwidthOfARollout(t *testing.T) {
+	const egress, pieces = 1_000_000_000, 46
+	h := newHouse(t, func(c *Config) { c.Egress = egress })
+	q := api.ChunksRequest{Image: digest, Ref: ref, Pieces: pieces}
+	for p := range pieces {
+		q.Want = append(q.Want, p)
+	}
+	var macs []*mac
+	for i := range 100 {
+		macs = append(macs, h.puller(fleet.NodeID(fmt.Sprint("mac", i)), fleet.ImageCaching))
+	}
+	h.advance(sitesAge)
+	claimants := map[*mac]bool{}
+	for i, m := range macs {
+		if len(m.asks(q).Grant) > 0 {
+			claimants[m] = true
+		}
+		if i == 0 { // others come once it has its claims
+			h.advance(sitesAge)
+		}
+	}
+	h.advance(sitesAge)
+	macs[99].say()
+	if n := len(claimants); n < 5 || n > 40 {
+		t.Fatalf("%d nodes have claims", n)
+	}
+	var sum int64
+	for m := range claimants {
+		sum += m.say().Bandwidth
+	}
+	if sum < egress*8/10 || sum > egress {
+		t.Errorf("the %d nodes with claims may move %d %% together", len(claimants), 100*sum/egress)
+	}
 }
 
 // A node that fetches is woken when its share is another one; small changes, and nodes
