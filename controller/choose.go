@@ -42,7 +42,7 @@ func (c *Controller) choose(ctx context.Context, p *pass) error {
 func (c *Controller) snapshot(p *pass) placement.Snapshot {
 	s := placement.Snapshot{
 		Now: p.now, Images: map[string]fleet.Image{}, Running: map[string]int{},
-		Durations: c.predict,
+		Durations: c.predict, Demand: c.demand(p.view, p.now),
 	}
 	s.Pools = append(s.Pools, c.c.Pools...)
 	for _, id := range p.unmet {

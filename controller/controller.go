@@ -84,6 +84,8 @@ type Config struct {
 	// Durations learned so far; nil: none yet. The controller's alone from here on;
 	// SaveHistory writes them.
 	Durations *demand.Durations
+	// Demand by image learned so far, alike.
+	Demand *demand.Images
 
 	// GhostsEvery is how often runners without a VM are looked for; 0: 5 min.
 	GhostsEvery time.Duration
@@ -105,13 +107,15 @@ type Controller struct {
 	// What Step remembers between passes; lost with the process, without harm.
 	known    map[fleet.NodeID]bool
 	learned  map[fleet.JobID]bool
-	taught   time.Time // what ended before is in the history that New was given
+	taught   time.Time            // what ended before is in the history that New was given
+	counted  map[fleet.JobID]bool // in Demand; guarded by history
+	asked    time.Time            // what was queued before is in the Demand that New was given
 	sweptAt  time.Time
 	resolved map[string]fleet.Image
 	// unresolved is why, by reference; guarded by mu.
 	unresolved map[string]string
 
-	history   sync.Mutex               // guards Durations, which Step, Explain and Save share
+	history   sync.Mutex               // guards Durations and Demand, which Step, Explain and Save share
 	errand    map[fleet.VMID]bool      // under way
 	barred    map[place]bar            // where GitHub refuses runners
 	busy      map[fleet.VMID]time.Time // GitHub refused to delete the runner; not asked again before
@@ -139,12 +143,16 @@ func New(c Config) (*Controller, error) {
 	if c.Durations == nil {
 		c.Durations = demand.New(demand.Config{})
 	}
+	if c.Demand == nil {
+		c.Demand = demand.NewImages()
+	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
 	return &Controller{
 		c: c, metrics: newMetrics(c.Metrics),
 		taught: c.Durations.Latest(), known: map[fleet.NodeID]bool{}, learned: map[fleet.JobID]bool{},
+		asked: c.Demand.Latest(), counted: map[fleet.JobID]bool{},
 		resolved: map[string]fleet.Image{}, unresolved: map[string]string{}, errand: map[fleet.VMID]bool{}, notBefore: map[fleet.VMID]time.Time{}, busy: map[fleet.VMID]time.Time{}, barred: map[place]bar{}, limited: map[string]time.Time{}, doubts: map[fleet.JobID]doubt{},
 	}, nil
 }
@@ -253,11 +261,11 @@ func (c *Controller) predict(repository, name string) (time.Duration, bool) {
 	return c.c.Durations.Predict(repository, name)
 }
 
-// SaveHistory writes what was learned of durations, to be loaded at the next start.
+// SaveHistory writes what was learned of durations and demand, to be loaded at the next start.
 func (c *Controller) SaveHistory(w io.Writer) error {
 	c.history.Lock()
 	defer c.history.Unlock()
-	return c.c.Durations.Save(w)
+	return c.c.Durations.Save(w, c.c.Demand)
 }
 
 func wrap(what string, err error) error {

@@ -62,7 +62,7 @@ func TestSavedHistoryCountsJobsOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	history := demand.New(demand.Config{})
-	if err := history.Load(&saved); err != nil {
+	if err := history.Load(&saved, demand.NewImages()); err != nil {
 		t.Fatal(err)
 	}
 	c := w.c.c

@@ -1,14 +1,13 @@
 // Package demand learns from the past what the fleet will be asked for: how long jobs
-// run, by repository and job name.
+// run, by repository and job name, and how often they ask for each image.
 //
 // It is accumulators that can be saved: no clock (every observation brings its time),
 // no I/O (Save and Load move JSON through a reader and a writer), no goroutines, and
 // no locking of its own. It decides nothing; placement asks it when a slot will be
-// free. Demand by image (how often each image is asked for, by hour of the week) is
-// to live here as a second accumulator beside Durations, in the same file.
+// free, and what an image is worth.
 //
-// The controller observes every job that ended and hands Predict to placement; the
-// simulator does the same in virtual time.
+// The controller observes every job that was queued and every one that ended, and hands
+// Predict and the rates to placement; the simulator does the same in virtual time.
 package demand
 
 import (

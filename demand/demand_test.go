@@ -103,14 +103,14 @@ func TestBoundedOldestOut(t *testing.T) {
 
 func TestSaveAndLoad(t *testing.T) {
 	var saved, again bytes.Buffer
-	if err := history().Save(&saved); err != nil {
+	if err := history().Save(&saved, NewImages()); err != nil {
 		t.Fatal(err)
 	}
 	d := New(Config{})
-	if err := d.Load(bytes.NewReader(saved.Bytes())); err != nil {
+	if err := d.Load(bytes.NewReader(saved.Bytes()), NewImages()); err != nil {
 		t.Fatal(err)
 	}
-	if err := d.Save(&again); err != nil {
+	if err := d.Save(&again, NewImages()); err != nil {
 		t.Fatal(err)
 	}
 	if saved.String() != again.String() {
@@ -121,7 +121,7 @@ func TestSaveAndLoad(t *testing.T) {
 		t.Errorf("after loading: got %v, want %v", got, want)
 	}
 	small := New(Config{MaxKeys: 3})
-	if err := small.Load(bytes.NewReader(saved.Bytes())); err != nil || small.Len() > 3 {
+	if err := small.Load(bytes.NewReader(saved.Bytes()), NewImages()); err != nil || small.Len() > 3 {
 		t.Errorf("into a smaller bound: %d names, %v", small.Len(), err)
 	}
 }
@@ -137,7 +137,7 @@ func TestLoadRefuses(t *testing.T) {
 		"a long time": {`{"version":1,"durations":[{"mean_s":1e300,"runs":1}]}`, "row 1"},
 	} {
 		d := history()
-		if err := d.Load(strings.NewReader(c.in)); err == nil || !strings.Contains(err.Error(), c.want) {
+		if err := d.Load(strings.NewReader(c.in), NewImages()); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: got %v, want an error with %q", name, err, c.want)
 		}
 		if _, ok := d.Predict("acme/app", "build"); !ok {
@@ -150,7 +150,7 @@ func TestLoadRefuses(t *testing.T) {
 // loading never panics, and what is loaded can be used and saved.
 func FuzzLoad(f *testing.F) {
 	var saved bytes.Buffer
-	if err := history().Save(&saved); err != nil {
+	if err := history().Save(&saved, NewImages()); err != nil {
 		f.Fatal(err)
 	}
 	f.Add(saved.Bytes())
@@ -158,7 +158,7 @@ func FuzzLoad(f *testing.F) {
 	f.Add([]byte(`{"version":1,"durations":[{"mean_s":1,"runs":9223372036854775807}]}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		d := New(Config{MaxKeys: 10})
-		if d.Load(bytes.NewReader(data)) != nil {
+		if d.Load(bytes.NewReader(data), NewImages()) != nil {
 			return
 		}
 		if d.Len() > 11 {
@@ -169,7 +169,7 @@ func FuzzLoad(f *testing.F) {
 			t.Errorf("predicted %v, %v", ran, ok)
 		}
 		var out bytes.Buffer
-		if err := d.Save(&out); err != nil {
+		if err := d.Save(&out, NewImages()); err != nil {
 			t.Error(err)
 		}
 	})

@@ -28,5 +28,12 @@ func (s *Server) listEvictions(ctx context.Context, c call, _ struct{}) ([]api.N
 			return nil, refusal(http.StatusNotFound, fmt.Sprintf("no node %q", cut(string(node))), "paddock nodes list shows those that have reported")
 		}
 	}
+	// A pass costs as much as one of the leader's: one at a time, whoever asks how often.
+	select {
+	case s.weighing <- struct{}{}:
+		defer func() { <-s.weighing }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 	return s.c.Evictions(ctx, node, free)
 }

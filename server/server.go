@@ -141,7 +141,7 @@ func New(c Config) (*Server, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	s := &Server{c: c, log: c.Log, verifier: verifier, metrics: newMetrics(c.Metrics), drain: make(chan struct{}),
+	s := &Server{c: c, log: c.Log, verifier: verifier, metrics: newMetrics(c.Metrics), drain: make(chan struct{}), weighing: make(chan struct{}, 1),
 		ledger: newLedgerCache(c.Store.ReadLedger), bodyTime: bodyTime, waiters: waiters{by: map[string]*waiter{}}, times: usualTimes,
 		peerKey: peerKey, peerTokens: newPeerTokens(signer), pullTokens: newPullTokens()}
 	s.engine = s.routes()

@@ -160,7 +160,7 @@ func (c *Control) build() (handler http.Handler, drain func(), err error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	durations, err := c.loadHistory()
+	durations, images, err := c.loadHistory()
 	if err != nil {
 		return nil, nil, err
 	}
@@ -171,7 +171,7 @@ func (c *Control) build() (handler http.Handler, drain func(), err error) {
 	if c.controller, err = controller.New(controller.Config{
 		Store: c.store, GitHub: gh, Seal: c.key.Seal, Fleet: cfg.Fleet, Pools: cfg.FleetPools(),
 		Resolve:      allowed(&cfg.Images, resolver.Resolve),
-		ResolveEvery: cfg.Images.ResolveEvery.Duration(), Durations: durations,
+		ResolveEvery: cfg.Images.ResolveEvery.Duration(), Durations: durations, Demand: images,
 		GhostsEvery: c.c.GhostsEvery, Metrics: metrics, Log: c.c.Log,
 	}); err != nil {
 		return nil, nil, err
@@ -393,22 +393,22 @@ func writeFile(path string, content any) error {
 
 func (c *Control) historyPath() string { return filepath.Join(c.c.Config.Data, "history.json") }
 
-func (c *Control) loadHistory() (*demand.Durations, error) {
-	durations := demand.New(demand.Config{})
+func (c *Control) loadHistory() (*demand.Durations, *demand.Images, error) {
+	durations, images := demand.New(demand.Config{}), demand.NewImages()
 	f, err := os.Open(c.historyPath())
 	if errors.Is(err, fs.ErrNotExist) {
-		return durations, nil
+		return durations, images, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read the history of durations: %w", err)
+		return nil, nil, fmt.Errorf("read the history of durations: %w", err)
 	}
 	defer func() { _ = f.Close() }()
-	if err := durations.Load(f); err != nil {
+	if err := durations.Load(f, images); err != nil {
 		// History is worth less than a start: begin a new one.
 		c.c.Log.Warn("the history of durations is damaged and begun anew", "error", err)
-		return demand.New(demand.Config{}), nil
+		return demand.New(demand.Config{}), demand.NewImages(), nil
 	}
-	return durations, nil
+	return durations, images, nil
 }
 
 // keepHistory copies what was learned to disk every hour and at the end.
