@@ -12,6 +12,7 @@ import (
 
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/image"
+	"github.com/paddock-ci/paddock/image/tart"
 )
 
 // windowSize is how far back a block may refer, and so what a decoder is given of the
@@ -178,6 +179,9 @@ func (p *piece) decode(ctx context.Context, w *wire, content hash.Hash, out io.W
 	p.stream.buffer.Reset(w.reader(ctx))
 	in := io.TeeReader(p.stream.buffer, blob)
 	decoder, err := p.fetch.codec.NewDecoder(in, p.chunk, at)
+	if errors.Is(err, tart.ErrMark) && at.In > 0 {
+		return errAnew
+	}
 	if err != nil {
 		return err
 	}

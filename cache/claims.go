@@ -203,6 +203,37 @@ func (p *supplies) silent(began time.Time, err error) time.Duration {
 	return patience
 }
 
+// slowPace is how slow a piece may come for its claim to be renewed, in bytes per second:
+// 512 MiB take nine hours at it. A registry that trickles is given up at less only.
+const slowPace = 16 << 10
+
+// slowest is the pace that counts as slow, in bytes per second, since a pace that our own
+// limits impose is no reason; p.mu is held.
+func (p *supplies) slowest() float64 {
+	slow := float64(slowPace)
+	for _, b := range p.store.limits.of(KindRegistry) { // no limit is infinite
+		slow = min(slow, float64(b.Limit())/float64(2*p.store.streams))
+	}
+	return slow
+}
+
+// pace is how fast a piece comes, by its bytes since a time.
+type pace struct {
+	since time.Time
+	bytes int64
+	is    bool // slow
+}
+
+// slow reports whether a piece came at less than so many bytes per second for movingTime;
+// what is slow is so until it was faster for as long.
+func (p *pace) slow(now time.Time, perSecond float64) bool {
+	if spent := now.Sub(p.since); spent >= movingTime {
+		p.is = float64(p.bytes) < perSecond*spent.Seconds()
+		p.since, p.bytes = now, 0
+	}
+	return p.is
+}
+
 // ask is the next question, and the pieces whose wish it tells.
 func (p *supplies) ask() (Ask, []*waiter) {
 	moving := p.store.canMove(p.turn)
@@ -214,8 +245,17 @@ func (p *supplies) ask() (Ask, []*waiter) {
 		a.Have = append(a.Have, n)
 	}
 	slices.Sort(a.Have)
+	slow := p.slowest()
 	for _, s := range p.open {
-		if s.source.Kind() == KindRegistry && time.Since(s.last) < movingTime && !slices.Contains(a.Fetching, s.piece) {
+		if s.source.Kind() != KindRegistry {
+			continue
+		}
+		if !moving {
+			s.pace = pace{since: time.Now()} // what is held back is no slow line
+		} else if s.pace.slow(time.Now(), slow) {
+			continue // the claim lapses, so that who waits for it may have it
+		}
+		if time.Since(s.last) < movingTime && !slices.Contains(a.Fetching, s.piece) {
 			a.Fetching = append(a.Fetching, s.piece)
 			p.claims.granted[s.piece] = time.Now().Add(grantTime)
 		}

@@ -36,6 +36,7 @@ type village struct {
 	silent bool
 	rate   float64 // of each peer, in bytes per second
 	broken bool    // peers fail
+	forged bool    // peers give another manifest
 }
 
 type claim struct {
@@ -69,6 +70,9 @@ func (r resident) Ask(ctx context.Context, a Ask) (Answer, error) {
 	if r.fail != nil {
 		return Answer{}, r.fail
 	}
+	if a.Pieces == 0 {
+		return Answer{Peers: r.others(), Again: time.Second}, nil
+	}
 	r.pieces = a.Pieces
 	for n, c := range r.claims {
 		if c.node == r.name && (a.Leave || slices.Contains(a.Have, n)) || time.Now().After(c.until) {
@@ -95,12 +99,18 @@ func (r resident) Ask(ctx context.Context, a Ask) (Answer, error) {
 			answer.Grant = append(answer.Grant, r.grant(n)...)
 		}
 	}
+	answer.Peers = r.others()
+	return answer, nil
+}
+
+// others are the other nodes that have anything; r.mu is held.
+func (r resident) others() (peers []Source) {
 	for name, have := range r.have {
 		if name != r.name {
-			answer.Peers = append(answer.Peers, &neighbour{village: r.village, name: name, have: have})
+			peers = append(peers, &neighbour{village: r.village, name: name, have: have})
 		}
 	}
-	return answer, nil
+	return peers
 }
 
 func (r resident) held(n int) bool {
@@ -137,8 +147,17 @@ type neighbour struct {
 func (p *neighbour) Name() string { return "peer " + p.name }
 func (p *neighbour) Kind() Kind   { return KindPeer }
 
-func (p *neighbour) Manifest(context.Context, string, fleet.Digest) ([]byte, error) {
-	return nil, errors.ErrUnsupported
+func (p *neighbour) Manifest(_ context.Context, _ string, d fleet.Digest) ([]byte, error) {
+	p.mu.Lock()
+	store, broken, forged := p.stores[p.name], p.broken, p.forged
+	p.mu.Unlock()
+	switch {
+	case broken || store == nil:
+		return nil, &Error{Class: ClassNetwork, Err: errors.New("the cable is out")}
+	case forged:
+		return []byte("{}"), nil
+	}
+	return store.ServeManifest(d)
 }
 
 func (p *neighbour) Has(w Want) (int64, bool) {
@@ -408,4 +427,111 @@ func TestSiteComesBack(t *testing.T) {
 			t.Errorf("the site knows of %d pieces; want %d", n, m.PieceCount())
 		}
 	})
+}
+
+// The registry is down and a node of the site has the manifest: it is asked, and the pull
+// begins. One that gives another manifest, or fails, costs nothing but the question.
+func TestManifestComesFromPeers(t *testing.T) {
+	for name, test := range map[string]struct {
+		spoil   func(*village)
+		outside int // times that the registry was asked for it
+	}{
+		"peer":         {func(*village) {}, 0},
+		"broken peer":  {func(v *village) { v.broken = true }, 1},
+		"forged":       {func(v *village) { v.forged = true }, 1},
+		"no such peer": {func(v *village) { v.stores = map[string]*Store{} }, 1},
+		"silent site":  {func(v *village) { v.silent = true }, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				shelf := newShelf()
+				h, m := shelf.put(t, "ABCD")
+				v := newVillage(2)
+				first := v.settle(t, "first", Config{}, newWell("registry", KindRegistry, shelf, 1e6))
+				pullTook(t, first, h)
+				there := newShelf() // has all but the manifest
+				for d, b := range shelf.blobs {
+					if d != h.Digest || test.outside > 0 {
+						there.blobs[d] = b
+					}
+				}
+				registry := &counted{well: newWell("registry", KindRegistry, there, 1e6)}
+				s := v.settle(t, "second", Config{Sources: []Source{registry}})
+				v.set(func() { test.spoil(v) })
+				if took := pullTook(t, s, h); took > 4*time.Second {
+					t.Errorf("the pull took %s", took)
+				}
+				if registry.manifests != test.outside || test.outside == 0 && registry.count() > 1 {
+					t.Errorf("the registry was asked for %d manifests and %d of %d pieces; want %d manifests", registry.manifests, registry.count(), len(m.Pieces()), test.outside)
+				}
+			})
+		})
+	}
+}
+
+// counted is a well that counts who asks for manifests.
+type counted struct {
+	*well
+	manifests int
+}
+
+func (c *counted) Manifest(ctx context.Context, ref string, d fleet.Digest) ([]byte, error) {
+	c.set(func() { c.manifests++ })
+	return c.well.Manifest(ctx, ref, d)
+}
+
+// A piece comes at 1 KB/s while others come at a good pace: its claim is not renewed, so
+// that another node gets it, and is again when the piece comes faster. A pace that our own
+// limit imposes is no reason.
+func TestSlowPieceIsGivenBack(t *testing.T) {
+	now := time.Now()
+	p := &pace{since: now}
+	second := func(seconds int, bytes int64) bool {
+		now = now.Add(time.Duration(seconds) * time.Second)
+		p.bytes += bytes
+		return p.slow(now, slowPace)
+	}
+	for i, step := range []struct {
+		seconds int
+		bytes   int64
+		slow    bool
+	}{{20, 10, false}, {11, 10, true}, {20, 100 << 20, true}, {11, 0, false}, {29, 0, false}, {1, 0, true}} {
+		if got := second(step.seconds, step.bytes); got != step.slow {
+			t.Errorf("step %d: slow: %v", i, got)
+		}
+	}
+	synctest.Test(t, func(t *testing.T) {
+		for limit, renewed := range map[int64]bool{0: false, 4 << 10: true} {
+			shelf := newShelf()
+			h, m := shelf.put(t, "A")
+			v := newVillage(1)
+			s := v.settle(t, "mac", Config{}, newWell("registry", KindRegistry, shelf, 500)) // two minutes for the chunk
+			s.Limit(Limits{Outside: limit})
+			pullTook(t, s, h)
+			late := 0
+			for i, a := range v.asks["mac"] {
+				if v.at["mac"][i].Sub(v.at["mac"][0]) > movingTime+askMost && slices.Contains(a.Fetching, m.Chunks[0].Index) {
+					late++
+				}
+			}
+			if (late > 0) != renewed {
+				t.Errorf("limit %d: a claim was renewed %d times after the piece was slow", limit, late)
+			}
+		}
+	})
+}
+
+// A piece has waited for five minutes, as a mirror that has it rests: it is insisted on.
+func TestLongWaitInsists(t *testing.T) {
+	c := newCrowd(t, 2, 1)
+	x := c.waiting[1]
+	rests := &sight{source: &rumour{name: "mirror", kind: KindMirror, has: func(int) bool { return true }}, name: "mirror", kind: KindMirror, rate: 1e6}
+	c.supplies.mu.Lock()
+	defer c.supplies.mu.Unlock()
+	for waited, want := range map[time.Duration]wish{insistAnyway - time.Minute: wishWant, insistAnyway + time.Second: wishInsist} {
+		x.since = time.Now().Add(-waited)
+		if _, _, err := c.supplies.pick(append(c.supplies.sights(), rests), x); err != nil || x.wish != want {
+			t.Errorf("after %s it wishes %q, %v; want %q", waited, x.wish, err, want)
+		}
+	}
 }

@@ -39,9 +39,11 @@ const (
 
 // Error is a failed pull.
 type Error struct {
-	Class   Class
-	Image   fleet.Digest // empty: not known yet
-	RetryAt time.Time    // before that, Pull gives this same error again; zero: at once
+	Class Class
+	Image fleet.Digest // empty: not known yet
+	// RetryAt is when to try again. Of a source: it wants to be left alone until then; zero:
+	// it did not say. Of Pull: before that it gives this same error again.
+	RetryAt time.Time
 	Err     error
 }
 
@@ -73,6 +75,34 @@ func ClassOf(err error) Class {
 	default:
 		return ClassNetwork
 	}
+}
+
+// retryMost bounds how long a source may want to be left alone.
+const retryMost = time.Hour
+
+// retryAt is when whoever failed wants to be asked again; of several, the first that does.
+// Zero: none said.
+func retryAt(err error) (at time.Time) {
+	switch e := err.(type) { //nolint:errorlint // it walks the whole tree itself
+	case *Error:
+		if !e.RetryAt.IsZero() {
+			if most := time.Now().Add(retryMost); e.RetryAt.After(most) {
+				return most
+			}
+			return e.RetryAt
+		}
+		return retryAt(e.Err)
+	case interface{ Unwrap() []error }:
+		for _, one := range e.Unwrap() {
+			if t := retryAt(one); !t.IsZero() && (at.IsZero() || t.Before(at)) {
+				at = t
+			}
+		}
+		return at
+	case interface{ Unwrap() error }:
+		return retryAt(e.Unwrap())
+	}
+	return time.Time{}
 }
 
 // isFormat reports whether err is one of package image's.

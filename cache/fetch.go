@@ -43,9 +43,6 @@ func (f *fetch) manifest(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("fetching the manifest: %w", err)
 		}
-		if got := image.DigestOf(raw); got != d {
-			return &Error{Class: ClassDigest, Err: fmt.Errorf("the registry answered with another manifest: its digest is %s", got)}
-		}
 		if m, codec, err = image.Parse(raw, f.store.codecs); err != nil {
 			return err
 		}

@@ -35,6 +35,7 @@ func (s *supply) begun(from int64) {
 	left := max(s.wire-from, 0)
 	p.inflight[s.source.Name()] += left - s.left
 	s.left, s.last = left, time.Now()
+	s.pace = pace{since: s.last}
 	s.credit(s.share(left))
 }
 
@@ -54,6 +55,7 @@ func (s *supply) moved(n int64) {
 	p.inflight[s.source.Name()] -= took
 	s.left -= took
 	s.last = time.Now()
+	s.pace.bytes += n
 	s.credit(s.share(s.left))
 	p.mu.Unlock()
 	p.store.tracks.add(s.source, n)

@@ -179,13 +179,16 @@ func (t *track) awake(now time.Time) bool {
 	return !now.Before(t.rest) && (t.failures == 0 || t.users == 0)
 }
 
-// failed lets a source rest. Streams that fail together are one failure.
-func (t *track) failed(now time.Time) {
-	if now.Before(t.rest) {
-		return
+// failed lets a source rest, at least until it wants to be asked again. Streams that fail
+// together are one failure.
+func (t *track) failed(now time.Time, err error) {
+	if !now.Before(t.rest) {
+		t.rest = now.Add(min(restFirst<<min(t.failures, 10), restMost))
+		t.failures++
 	}
-	t.rest = now.Add(min(restFirst<<min(t.failures, 10), restMost))
-	t.failures++
+	if until := retryAt(err); until.After(t.rest) {
+		t.rest = until
+	}
 }
 
 // tracks are what a store knows of all its sources, by name.

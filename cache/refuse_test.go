@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/cache/registrytest"
@@ -66,6 +67,15 @@ func TestPullRefusals(t *testing.T) {
 			w.checkRefused(t, err, test.class, test.text)
 			// Once the registry is well again, so is the pull.
 			w.reg.Heal()
+			if failure := (&cache.Error{}); errors.As(err, &failure) && time.Until(failure.RetryAt) > time.Minute {
+				w.checkRefused(t, w.store.Pull(t.Context(), hold), test.class, test.text) // not yet
+				if err := w.store.Close(); err != nil {
+					t.Fatal(err)
+				}
+				w.store = openStore(t, w.dir, 4)
+			} else if strings.Contains(test.name, "hour") {
+				t.Errorf("may be tried again at %s", failure.RetryAt)
+			}
 			if err := w.store.Pull(t.Context(), hold); err != nil {
 				t.Fatal(err)
 			}

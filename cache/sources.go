@@ -42,6 +42,7 @@ type supply struct {
 	last     time.Time // when bytes moved; guarded by supplies.mu
 	wire     int64     // of the whole piece
 	credited int64     // of the image's progress; guarded by supplies.mu
+	pace     pace      // guarded by supplies.mu
 }
 
 // newSupplies is called at the beginning of each pull, when its manifest is known.
@@ -161,7 +162,7 @@ func (s *supply) settle(err error) {
 		case err == nil:
 			t.failures = 0
 		case !ours && (class == ClassNetwork || class == ClassDigest):
-			t.failed(now)
+			t.failed(now, err)
 		}
 	})
 	if news {
@@ -185,41 +186,4 @@ func (s *supply) whole() int64 {
 func (s *supply) credit(bytes int64) {
 	s.fetch.entry.done.Add(bytes - s.credited)
 	s.credited = bytes
-}
-
-// fetchManifest asks the sources for the manifest, one after the other, those that rest
-// at last.
-func (f *fetch) fetchManifest(ctx context.Context) ([]byte, error) {
-	awake, resting := []Source(nil), []Source(nil)
-	for _, src := range f.store.sources {
-		if _, ok := f.store.tracks.look(src); ok {
-			awake = append(awake, src)
-		} else {
-			resting = append(resting, src)
-		}
-	}
-	var all refusals
-	for _, src := range append(awake, resting...) {
-		raw, err := f.manifestFrom(ctx, src)
-		if err == nil || ctx.Err() != nil {
-			return raw, errors.Join(err, ctx.Err())
-		}
-		if ClassOf(err) == ClassNetwork {
-			f.store.tracks.with(src, (*track).failed)
-		}
-		all.add(src, err)
-	}
-	return nil, all.join()
-}
-
-// manifestFrom asks one source; one that sends something else has not got it.
-func (f *fetch) manifestFrom(ctx context.Context, src Source) ([]byte, error) {
-	raw, err := src.Manifest(ctx, f.ref, f.entry.Digest)
-	if err != nil {
-		return nil, err
-	}
-	if got := image.DigestOf(raw); got != f.entry.Digest {
-		return nil, &Error{Class: ClassDigest, Err: fmt.Errorf("the registry answered with another manifest: its digest is %s", got)}
-	}
-	return raw, nil
 }

@@ -104,12 +104,16 @@ func (e *entry) report() fleet.NodeImage {
 	return r
 }
 
-// fail moves an image to failed, with the time of the next try.
+// fail moves an image to failed, with the time of the next try: not before a source wants
+// to be asked again.
 func (s *Store) fail(e *entry, err error) *Error {
 	// Doubling stops at 64 times: over five minutes at the default of 5 s.
 	wait := s.backoff << min(e.failures, 6)
 	e.failures++
 	failure := &Error{Class: ClassOf(err), Image: e.Digest, RetryAt: time.Now().Add(wait), Err: err}
+	if asked := retryAt(err); asked.After(failure.RetryAt) {
+		failure.RetryAt = asked
+	}
 	s.move(e, fleet.ImageFailed)
 	e.failed = failure
 	e.Class, e.Error, e.RetryAt = string(failure.Class), err.Error(), failure.RetryAt
