@@ -320,6 +320,9 @@ func TestLyingPeer(t *testing.T) {
 			liar := newImpostor(t, func(w http.ResponseWriter, r *http.Request) {
 				asked, _ := parseTarget(r.URL.Path)
 				from, _ := parseRange(r.Header)
+				if asked.content == "" { // true, so that it is believed to have the pieces
+					_, _ = w.Write(h.manifest.Raw)
+				}
 				for _, c := range h.manifest.Pieces() {
 					if c.Content != asked.content {
 						continue
