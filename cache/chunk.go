@@ -9,6 +9,7 @@ import (
 	"hash"
 	"io"
 	"os"
+	"time"
 
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/image"
@@ -36,9 +37,10 @@ type piece struct {
 
 	border  mark // the states in it are overwritten at the next one
 	offered int64
-	marked  bool // the journal has a mark of it, or soon will
-	resumed bool // what is before the border came in another pull
-	touched bool // what is behind the border may not be zeros
+	told    time.Time // when a mark was offered, or the first byte came
+	marked  bool      // the journal has a mark of it, or soon will
+	resumed bool      // what is before the border came in another pull
+	touched bool      // what is behind the border may not be zeros
 }
 
 // readSize is how much is read of a body at a time: enough that a system call for each is
@@ -116,6 +118,7 @@ func (p *piece) attempt(ctx context.Context, w *wire) error {
 		return err
 	}
 	p.fetch.engage(p)
+	p.told = time.Now()
 	p.border.raw = w.raw
 	content, err := p.contentHash()
 	if err != nil {
@@ -240,7 +243,8 @@ func (p *piece) pace(ctx context.Context, took int64) error {
 	if err != nil {
 		return err
 	}
-	if hold == nil && p.border.in-p.offered < markEvery || !p.offer() {
+	due := p.border.in-p.offered >= markEvery || time.Since(p.told) >= commitEvery
+	if hold == nil && !due || !p.offer() {
 		return nil
 	}
 	for hold != nil {
@@ -262,7 +266,7 @@ func (p *piece) offer() bool {
 	if m.out == 0 || m.raw == (m.blob != nil) || p.chunk.Legacy() == (m.content != nil) {
 		return false
 	}
-	p.offered, p.marked = m.in, true
+	p.offered, p.told, p.marked = m.in, time.Now(), true
 	p.fetch.committer.offer(p.stream, p.file, note{item: p.item, mark: &m})
 	return true
 }

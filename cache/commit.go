@@ -12,7 +12,8 @@ import (
 // which some is in sockets and readers and never gets to a stream. Between the two a
 // stream reads on while the disk works.
 const (
-	// markEvery is how many bytes on the wire there are at most between two marks of a piece.
+	// markEvery is how many bytes on the wire there are at most between two marks of a piece,
+	// if it does not come so slowly that commitEvery is sooner.
 	markEvery = 1 << 20
 	// commitAt is how many bytes of one stream that are not in the journal make a commit
 	// begin.

@@ -226,3 +226,45 @@ func (w *world) killAfter(t *testing.T, hold fleet.Hold, bytes int64) {
 		t.Fatalf("the victim ended by itself: %v\n%s", err, said.String())
 	}
 }
+
+// Over a slow line, chunks of 1 MiB that come by two streams are noted before the first of
+// them is whole: what a killed process (-9) leaves is listed, and a plan counts on it.
+func TestSlowPullWasListedAsNothing(t *testing.T) {
+	if dir := os.Getenv(childDir); dir != "" {
+		hold := fleet.Hold{Ref: os.Getenv(childRef), Digest: fleet.Digest(os.Getenv(childDigest))}
+		err := openStore(t, dir, 2).Pull(t.Context(), hold)
+		t.Fatalf("the pull that was to be killed ended: %v", err)
+	}
+	w := newWorld(t)
+	if err := w.store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	hold, _, m := w.pushSized(t, "base", "ab", 1<<20)
+	w.reg.Limit(100 << 10) // about a quarter of a minute
+	victim := child(t, t.Name(), childDir+"="+w.dir, childRef+"="+hold.Ref, childDigest+"="+string(hold.Digest))
+	if err := victim.Start(); err != nil {
+		t.Fatal(err)
+	}
+	seen := func() (cache.Seen, bool) {
+		i, err := look(t, w.dir).Image(hold.Digest)
+		return i, err == nil && i.Done > 0
+	}
+	eventually(t, func() bool { _, any := seen(); return any })
+	if err := victim.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = victim.Wait() // killed
+	for content, at := range marks(t, w.dir, hold.Digest) {
+		if at < 0 {
+			t.Errorf("chunk %s was whole before anything was noted", content.Short())
+		}
+	}
+	i, any := seen()
+	plan, err := look(t, w.dir).Plan(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !any || plan.Kept != i.Done || plan.Requests >= m.Bytes() || plan.Requests < m.Bytes()-plan.Kept {
+		t.Errorf("listed with %d bytes; the plan keeps %d and requests %d of %d", i.Done, plan.Kept, plan.Requests, m.Bytes())
+	}
+}

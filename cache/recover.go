@@ -13,6 +13,9 @@ import (
 	"github.com/paddock-ci/paddock/image"
 )
 
+// errDemoted says that a published image became a partial one, which is looked at later.
+var errDemoted = errors.New("demoted")
+
 // errNoImage marks what is in an image's place, was read, and is not that image.
 var errNoImage = errors.New("no image")
 
@@ -60,6 +63,8 @@ func (s *Store) adopt(kind string, one func(fleet.Digest) error) error {
 			err = one(d)
 		}
 		switch {
+		case errors.Is(err, errDemoted):
+			continue
 		case err == nil:
 			if err := s.sweepFiles(s.dir.of(kind, d), isImageFile); err != nil {
 				return err
@@ -159,22 +164,65 @@ func (s *Store) inspect(d fleet.Digest) (*image.Manifest, error) {
 
 // checkFiles holds the files of an image to the sizes in its manifest.
 func checkFiles(dir string, m *image.Manifest) error {
-	for file, want := range map[string]int64{diskFile: m.DiskSize, nvramFile: m.NVRAM.Size, configFile: m.Config.Size} {
-		info, err := os.Stat(filepath.Join(dir, file))
-		if err != nil {
+	for _, s := range smallFiles(m) {
+		if err := checkSize(dir, s.file, s.blob.Size); err != nil {
 			return err
 		}
-		if info.Size() != want {
-			return fmt.Errorf("%w: %s has %d bytes, the manifest says %d", errNoImage, file, info.Size(), want)
-		}
+	}
+	return checkSize(dir, diskFile, m.DiskSize)
+}
+
+func checkSize(dir, file string, want int64) error {
+	info, err := os.Stat(filepath.Join(dir, file))
+	if err != nil {
+		return err
+	}
+	if info.Size() != want || !info.Mode().IsRegular() {
+		return fmt.Errorf("%w: %s has %d bytes, the manifest says %d", errNoImage, file, info.Size(), want)
 	}
 	return nil
 }
 
-// adoptImage lists a published image, if it is one.
+// smallFlaws are the NVRAM and the VM config, if they are not there or of another size.
+func smallFlaws(dir string, m *image.Manifest) (flaws []Flaw) {
+	for _, s := range smallFiles(m) {
+		if err := checkSize(dir, s.file, s.blob.Size); err != nil && unusable(err) {
+			flaws = append(flaws, Flaw{Kind: s.kind, Layer: s.layer, Size: s.blob.Size, Want: s.blob.Digest, Err: err})
+		}
+	}
+	return flaws
+}
+
+// spare takes what is bad out of a published image, and makes a partial one of the rest.
+func (s *Store) spare(m *image.Manifest, flaws []Flaw) error {
+	for _, small := range smallFiles(m) {
+		if slices.ContainsFunc(flaws, func(f Flaw) bool { return f.Kind == small.kind }) {
+			if err := os.RemoveAll(filepath.Join(s.dir.image(m.Digest), small.file)); err != nil {
+				return err
+			}
+		}
+	}
+	if err := s.demote(m, flaws); err != nil {
+		return err
+	}
+	return errDemoted
+}
+
+// adoptImage lists a published image, if it is one. One whose small files only are not what
+// they should be becomes a partial one, of which a pull fetches just these.
 func (s *Store) adoptImage(d fleet.Digest) error {
 	dir := s.dir.image(d)
-	if _, err := s.inspect(d); err != nil {
+	m, _, err := s.readManifest(dir, d)
+	if err == nil {
+		err = checkFiles(dir, m)
+	}
+	if m != nil && err != nil && unusable(err) {
+		if flaws := smallFlaws(dir, m); len(flaws) > 0 && checkSize(dir, diskFile, m.DiskSize) == nil {
+			s.log.Warn("an image is to be fetched again in part", "image", d, "error", err)
+			return s.spare(m, flaws)
+		}
+	}
+	if err != nil {
 		return err
 	}
 	size, err := allocated(dir)

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/image"
 )
 
 // write makes a file, and the directories that it is in.
@@ -170,6 +171,75 @@ func TestUnreadableImageWasThrownAway(t *testing.T) {
 			defer func() { _ = again.Close() }()
 			if got := again.state(h.Digest); got != want {
 				t.Errorf("the image is %q when it can be read again; want %q", got, want)
+			}
+		})
+	}
+}
+
+// The NVRAM or the VM config of a ready image is of another size, or gone: all of the image
+// was thrown away. A pull fetches just that file; a disk of another size is no image.
+func TestSmallFlawCostTheWholeImage(t *testing.T) {
+	for name, test := range map[string]struct {
+		spoil   func(dir string) error
+		fetched func(*image.Manifest) []fleet.Digest
+	}{
+		"short NVRAM": {
+			func(dir string) error { return os.Truncate(filepath.Join(dir, nvramFile), 1) },
+			func(m *image.Manifest) []fleet.Digest { return []fleet.Digest{m.NVRAM.Digest} },
+		},
+		"no VM config": {
+			func(dir string) error { return os.Remove(filepath.Join(dir, configFile)) },
+			func(m *image.Manifest) []fleet.Digest { return []fleet.Digest{m.Config.Digest} },
+		},
+		"both, one a directory": {
+			func(dir string) error {
+				return errors.Join(os.Truncate(filepath.Join(dir, configFile), 9), os.Remove(filepath.Join(dir, nvramFile)), os.Mkdir(filepath.Join(dir, nvramFile), 0o700))
+			},
+			func(m *image.Manifest) []fleet.Digest { return []fleet.Digest{m.Config.Digest, m.NVRAM.Digest} },
+		},
+		"the disk, too": {
+			func(dir string) error {
+				return errors.Join(os.Truncate(filepath.Join(dir, diskFile), 100), os.Truncate(filepath.Join(dir, nvramFile), 1))
+			},
+			func(m *image.Manifest) []fleet.Digest {
+				return []fleet.Digest{m.Digest, m.Config.Digest, m.NVRAM.Digest, m.Chunks[0].Blob, m.Chunks[1].Blob}
+			},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			shelf := newShelf()
+			store := openShelf(t, shelf)
+			h, m := shelf.put(t, "AB")
+			if err := store.Pull(t.Context(), h); err != nil {
+				t.Fatal(err)
+			}
+			if err := store.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if err := test.spoil(store.dir.image(h.Digest)); err != nil {
+				t.Fatal(err)
+			}
+			var log strings.Builder
+			store, err := Open(Config{Dir: string(store.dir), Sources: []Source{shelf}, Log: slog.New(slog.NewTextHandler(&log, nil))})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = store.Close() }()
+			if said := log.String(); !strings.Contains(said, nvramFile) && !strings.Contains(said, configFile) && !strings.Contains(said, diskFile) {
+				t.Errorf("nothing is said of it:\n%s", &log)
+			}
+			shelf.asked = nil
+			if err := store.Pull(t.Context(), h); err != nil {
+				t.Fatal(err)
+			}
+			want := test.fetched(m)
+			slices.Sort(want)
+			slices.Sort(shelf.asked)
+			if !slices.Equal(shelf.asked, want) {
+				t.Errorf("asked for %v; want %v", shelf.asked, want)
+			}
+			if flaws, err := (&View{dir: store.dir, codecs: Formats()}).Verify(t.Context(), h.Digest, nil); err != nil || len(flaws) > 0 {
+				t.Errorf("%v, %v", flaws, err)
 			}
 		})
 	}

@@ -33,7 +33,7 @@ func (s *Store) Repair(d fleet.Digest, flaws []Flaw) error {
 	s.move(e, fleet.ImageEvicting)
 	s.mu.Unlock()
 
-	m, err := s.inspect(d)
+	m, _, err := s.readManifest(s.dir.image(d), d)
 	if err == nil {
 		err = s.demote(m, flaws)
 	}
