@@ -22,7 +22,7 @@ import (
 
 // Limits on what a node may say, far above what one does.
 const (
-	maxImages  = 5000
+	maxImages  = 500 // 90 GB each on 45 TB; an honest one has ten
 	maxSlots   = 1000
 	maxSession = 64   // bytes
 	maxReason  = 2000 // bytes; the rest is cut off
