@@ -185,7 +185,7 @@ func (v *View) Plan(m *image.Manifest) (Plan, error) {
 	if err != nil {
 		return Plan{}, err
 	}
-	held, own := make(map[fleet.Digest]bool), &journal{}
+	held, own := make(map[stuff]bool), &journal{}
 	for _, i := range images {
 		switch {
 		case i.Digest == m.Digest && i.Ready && i.Err == nil:
@@ -194,7 +194,7 @@ func (v *View) Plan(m *image.Manifest) (Plan, error) {
 			own = i.journal
 		case i.Ready && i.Err == nil:
 			for _, c := range i.Manifest.Chunks {
-				held[c.Content] = true
+				held[stuff{c.Content, c.Size}] = true
 			}
 		}
 	}
@@ -204,8 +204,15 @@ func (v *View) Plan(m *image.Manifest) (Plan, error) {
 // PlanAfresh says what a pull of m into an empty store would request.
 func PlanAfresh(m *image.Manifest) Plan { return plan(m, nil, &journal{}) }
 
-// plan plans with the contents that other images hold, and what is here of this one.
-func plan(m *image.Manifest, held map[fleet.Digest]bool, own *journal) Plan {
+// stuff is what a chunk is made of, as far as it can be reused: two that do not agree in
+// the size are not the same, whatever their manifests say.
+type stuff struct {
+	content fleet.Digest
+	size    int64
+}
+
+// plan plans with what other images hold, and what is here of this one.
+func plan(m *image.Manifest, held map[stuff]bool, own *journal) Plan {
 	var p Plan
 	for _, c := range m.Chunks {
 		if c.Zero {
@@ -216,7 +223,7 @@ func plan(m *image.Manifest, held map[fleet.Digest]bool, own *journal) Plan {
 		switch begun, marked := own.mark(itemOf(c)); {
 		case own.has(itemOf(c)):
 			p.Kept += c.BlobSize
-		case held[c.Content] && !c.Legacy(): // of which the content's digest is not known
+		case held[stuff{c.Content, c.Size}] && !c.Legacy(): // of which the content's digest is not known
 			p.Reused += c.BlobSize
 		default:
 			p.Chunks = append(p.Chunks, c)
@@ -254,13 +261,13 @@ func (v *View) Sharing(i Seen) ([]Shared, error) {
 		if other.Digest == i.Digest || !other.Ready || other.Err != nil {
 			continue
 		}
-		held := make(map[fleet.Digest]bool)
+		held := make(map[stuff]bool)
 		for _, c := range other.Manifest.Chunks {
-			held[c.Content] = true
+			held[stuff{c.Content, c.Size}] = true
 		}
 		s := Shared{With: other.Digest, Ref: other.Ref}
 		for _, c := range i.Manifest.Distinct() {
-			if held[c.Content] {
+			if held[stuff{c.Content, c.Size}] {
 				s.Chunks++
 				s.Bytes += c.Size
 			}

@@ -52,19 +52,21 @@ func (f *fetch) reuseBase(ctx context.Context) (base fleet.Digest, dir string, s
 	return best.Digest, s.dir.image(best.Digest), same, s.pin(best), true
 }
 
-// common are the chunks of want that have holds at the same offset.
+// common are the chunks of want that have holds at the same offset. Both have to say the
+// same size: of two that do not, one lies, and the content it names goes on where its own
+// chunk ends.
 func common(have, want []image.Chunk) []image.Chunk {
 	type spot struct {
-		offset  int64
-		content fleet.Digest
+		offset, size int64
+		content      fleet.Digest
 	}
 	at := make(map[spot]bool, len(have))
 	for _, c := range have {
-		at[spot{c.Offset, c.Content}] = !c.Legacy()
+		at[spot{c.Offset, c.Size, c.Content}] = !c.Legacy()
 	}
 	var same []image.Chunk
 	for _, c := range want {
-		if at[spot{c.Offset, c.Content}] {
+		if !c.Legacy() && at[spot{c.Offset, c.Size, c.Content}] {
 			same = append(same, c)
 		}
 	}
@@ -98,7 +100,7 @@ func (f *fetch) local(ctx context.Context, c image.Chunk, file *os.File, offsets
 	if c.Zero || c.Legacy() {
 		return false, nil
 	}
-	src, from, release, ok := f.cached(c.Content)
+	src, from, release, ok := f.cached(c)
 	if !ok {
 		return false, nil
 	}
@@ -138,8 +140,9 @@ func share(file, src *os.File, from int64, offsets []int64, size int64) (int, er
 	return len(offsets), nil
 }
 
-// cached opens the file of a ready image that has some content.
-func (f *fetch) cached(content fleet.Digest) (src *os.File, where place, release func(), ok bool) {
+// cached opens the file of a ready image that has a piece's content, of that very size: a
+// manifest that lies about it names what it has not got.
+func (f *fetch) cached(c image.Chunk) (src *os.File, where place, release func(), ok bool) {
 	s := f.store
 	s.mu.Lock()
 	var dir string
@@ -147,13 +150,13 @@ func (f *fetch) cached(content fleet.Digest) (src *os.File, where place, release
 		if e.State != fleet.ImageReady || e.holding == nil {
 			continue
 		}
-		if where, ok = e.holding.places[content]; ok {
+		if where, ok = e.holding.places[c.Content]; ok && where.size == c.Size {
 			dir, release = s.dir.image(e.Digest), s.pin(e)
 			break
 		}
 	}
 	s.mu.Unlock()
-	if !ok {
+	if release == nil {
 		return nil, place{}, nil, false
 	}
 	src, err := os.Open(filepath.Join(dir, where.file))
