@@ -61,7 +61,7 @@ guest: ## build the agent that runs inside machines into bin/guest/, for Linux a
 .PHONY: test
 test: packages $(VERDICT) ## vet and test everything with the race detector; with CI=true a skip is a failure
 	go vet ./...
-	$(VERDICT) $(MODULES:%=-dir %) -at-once 2 -need $(STANDIN_NEED) -also "$(STANDIN) -tags $(STANDIN_TAGS) -race -timeout 9m ./vm/vz/..." -- -race -timeout 9m ./...
+	$(VERDICT) $(MODULES:%=-dir %) -at-once 2 -need $(STANDIN_NEED) -also "$(STANDIN) -tags $(STANDIN_TAGS) -race -timeout 20m ./vm/vz/..." -- -race -timeout 20m ./...
 
 .PHONY: packages
 packages: ## install the system packages that the tests need (Debian, as root; else says which)
@@ -70,7 +70,7 @@ packages: ## install the system packages that the tests need (Debian, as root; e
 .PHONY: e2e
 e2e: packages $(VERDICT) ## run only the end-to-end tests, with a real runner
 	@test -f e2e/go.mod || { echo "e2e: there is no e2e module in this tree" >&2; exit 1; }
-	$(VERDICT) -dir e2e -- -race -timeout 9m -v ./...
+	$(VERDICT) -dir e2e -- -race -timeout 20m -v ./...
 
 .PHONY: lint
 lint: $(LINT) darwin ## linters, floors, formatting, checksums, and a build for macOS
