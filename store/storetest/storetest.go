@@ -142,6 +142,7 @@ func lead(t *testing.T, s *store.Store, who string) store.Term {
 func running(t *testing.T, s *store.Store) {
 	t.Helper()
 	done := make(chan error, 1)
+	up := s.Notify(store.Anything) // taken before: the subscription may stand at once
 	// t.Context ends just before the cleanups, which wait for Run.
 	go func() { done <- s.Run(t.Context()) }()
 	t.Cleanup(func() {
@@ -150,7 +151,7 @@ func running(t *testing.T, s *store.Store) {
 		}
 	})
 	// The first wake-up says that the subscription stands.
-	wait(t, s.Notify(store.Anything))
+	wait(t, up)
 }
 
 func wait(t *testing.T, c <-chan struct{}) {
