@@ -52,7 +52,7 @@ type siteCache struct {
 
 	mu      sync.Mutex
 	last    *sites
-	looks   int           // fresh ones so far
+	looks   int           // so far
 	next    time.Time     // when the next fresh look may be made, by the true clock
 	sharers int           // nodes that were told to share the bandwidth
 	changed chan struct{} // closed when that number changes
@@ -103,7 +103,6 @@ func (c *siteCache) turn() time.Duration {
 	if c.next.Before(now) {
 		c.next = now
 	}
-	c.looks++
 	wait := c.next.Sub(now)
 	c.next = c.next.Add(freshGap)
 	return wait
@@ -176,6 +175,7 @@ func (c *siteCache) kept() *sites {
 func (c *siteCache) keep(fresh *sites) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.looks++
 	if c.last != nil && fresh.view.Incarnation == c.last.view.Incarnation && fresh.view.Revision < c.last.view.Revision {
 		return // looked at before what is kept
 	}

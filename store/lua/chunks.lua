@@ -12,22 +12,22 @@ local fetching, insisted, wished, look = list(), tonumber(take()), tonumber(take
 
 local known = redis.call('ZSCORE', pullers, who)
 if leaves and not known then return {'', 0, 0} end
-redis.call('ZREMRANGEBYSCORE', joined, '-inf', whole(now - silence))
-if not redis.call('ZSCORE', joined, swarm) and redis.call('ZCARD', joined) >= maxJoined then
-	return {'full', 'images are pulled by this node'}
+if not redis.call('ZSCORE', joined, swarm) then
+	redis.call('ZREMRANGEBYSCORE', joined, '-inf', whole(now - silence))
+	if redis.call('ZCARD', joined) >= maxJoined then return {'full', 'images are pulled by this node'} end
 end
-if not redis.call('ZSCORE', swarms, swarm) and redis.call('ZCARD', swarms) >= maxSwarms then
-	return {'oldest', redis.call('ZRANGE', swarms, '0', '0')[1]}
+if not redis.call('ZSCORE', swarms, swarm) then
+	if redis.call('ZCARD', swarms) >= maxSwarms then return {'oldest', redis.call('ZRANGE', swarms, '0', '0')[1]} end
+	redis.call('HSET', claims, 'since', whole(now))
 end
-if not known and redis.call('ZCARD', pullers) >= maxNodes then
-	return {'full', 'nodes pull this image'}
+if not known then
+	if redis.call('ZCARD', pullers) >= maxNodes then return {'full', 'nodes pull this image'} end
+	redis.call('ZREMRANGEBYSCORE', claimants, '-inf', whole(now))
+	redis.call('ZREMRANGEBYSCORE', askers, '-inf', whole(now - silence))
 end
 
-redis.call('ZREMRANGEBYSCORE', claimants, '-inf', whole(now))
-redis.call('ZREMRANGEBYSCORE', askers, '-inf', whole(now - silence))
 redis.call('ZADD', swarms, whole(now), swarm)
 redis.call('ZADD', askers, whole(now), who)
-redis.call('HSETNX', claims, 'since', whole(now))
 hold(who, serves and have or '')
 -- Who has been silent is no peer; its bits go as far as there is work left.
 for _, node in ipairs(redis.call('ZRANGEBYSCORE', pullers, '-inf', whole(now - silence), 'LIMIT', '0', '8')) do
@@ -69,7 +69,7 @@ for p in pairs(mine) do
 		count = count + 1
 	end
 end
-local young = now - tonumber(redis.call('HGET', claims, 'since')) < life
+local young = #fetching > 0 and now - tonumber(redis.call('HGET', claims, 'since') or 0) < life
 local taken, got = batch(claims, 'c', fetching, #fetching), batch(holders, 'h', fetching, #fetching)
 for i, p in ipairs(fetching) do
 	if mine[p] then
