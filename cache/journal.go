@@ -311,6 +311,7 @@ func (j *journal) add(notes []note) error {
 	}
 	j.makeRoom(int64(lines.Len()))
 	if _, err := j.file.WriteAt([]byte(lines.String()), j.size); err != nil {
+		j.room = 0 // Truncate gives the reserve back, and the next note needs one
 		return errors.Join(err, j.file.Truncate(j.size))
 	}
 	if err := datasync(j.file); err != nil {

@@ -146,6 +146,41 @@ func TestJournalCompacts(t *testing.T) {
 	}
 }
 
+// A write that fails gives the reserve back: the next note makes another one, so that what
+// comes before the disk is full again can be noted.
+func TestJournalReserveAfterFailure(t *testing.T) {
+	path := filepath.Join(t.TempDir(), journalFile)
+	j, err := openJournal(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer j.close()
+	notes := someNotes(t)
+	if err := j.add(notes[:1]); err != nil {
+		t.Fatal(err)
+	}
+	whole := j.file
+	spoilt, err := os.Open(path) // for reading only: every write to it fails
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = spoilt.Close() }()
+	j.file = spoilt
+	if err := j.add(notes[1:2]); err == nil {
+		t.Fatal("a note was written to a file that is open for reading")
+	}
+	j.file = whole
+	if j.room > j.size {
+		t.Errorf("the journal believes in room for %d bytes at %d, which the failure gave back", j.room, j.size)
+	}
+	if err := j.add(notes[2:]); err != nil {
+		t.Fatal(err)
+	}
+	if j.room-j.size < reserve/2 || j.has(notes[1].item) {
+		t.Errorf("room for %d bytes behind %d; the note that failed counts: %t", j.room-j.size, j.size, j.has(notes[1].item))
+	}
+}
+
 func FuzzJournal(f *testing.F) {
 	f.Add([]byte(lines(someNotes(f))))
 	f.Add([]byte(note{item: item{aConfig, digestOf('d')}, mark: &mark{}}.String() + "torn"))
