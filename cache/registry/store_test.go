@@ -2,6 +2,7 @@ package registry_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -110,7 +111,8 @@ func (m misbehaviour) run(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	store, err := cache.Open(cache.Config{Dir: t.TempDir(), Sources: []cache.Source{client}, Backoff: time.Nanosecond})
+	cfg := cache.Config{Dir: t.TempDir(), Sources: []cache.Source{client}, Backoff: time.Nanosecond}
+	store, err := cache.Open(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -129,6 +131,20 @@ func (m misbehaviour) run(t *testing.T) {
 		return
 	}
 	reg.Heal()
+	if failure := (*cache.Error)(nil); errors.As(err, &failure) && time.Until(failure.RetryAt) > time.Minute {
+		// It waits as it was asked to, unless it is opened anew.
+		if again := store.Pull(t.Context(), hold); !errors.Is(again, failure) {
+			t.Errorf("before its time: %v", again)
+		}
+		if err := store.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if store, err = cache.Open(cfg); err != nil {
+			t.Fatal(err)
+		}
+	} else if strings.Contains(m.name, "hour") {
+		t.Errorf("it may be tried again before: %v", err)
+	}
 	pullAgain(t, store, hold)
 }
 
