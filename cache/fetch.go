@@ -62,7 +62,7 @@ func (f *fetch) disk(ctx context.Context) error {
 	if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
 		base, dir, shared, release, ok := f.reuseBase(ctx)
 		if ok {
-			err := f.cloneBase(filepath.Join(dir, diskFile), path, shared)
+			err := f.cloneBase(filepath.Join(dir, diskFile), path)
 			release()
 			if err != nil {
 				f.store.log.Warn("a disk could not begin as a clone", "image", f.entry.Digest, "base", base, "error", err)
@@ -87,7 +87,7 @@ func (f *fetch) disk(ctx context.Context) error {
 }
 
 // cloneBase makes a disk of another image's, on disk in full before it has its name.
-func (f *fetch) cloneBase(from, to string, same []image.Chunk) error {
+func (f *fetch) cloneBase(from, to string) error {
 	temp := to + tempSuffix
 	if err := os.Remove(temp); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
@@ -95,7 +95,7 @@ func (f *fetch) cloneBase(from, to string, same []image.Chunk) error {
 	if shared, err := reflink(from, temp); err != nil || !shared {
 		return errors.Join(err, errors.ErrUnsupported)
 	}
-	if err := f.blankBase(temp, same); err != nil {
+	if err := blankFor(temp, f.image); err != nil {
 		return errors.Join(err, os.Remove(temp))
 	}
 	if err := os.Rename(temp, to); err != nil {
@@ -104,22 +104,19 @@ func (f *fetch) cloneBase(from, to string, same []image.Chunk) error {
 	return syncDir(f.partial.dir)
 }
 
-// blankBase gives a cloned disk its size, and zeros where nothing will be written.
-func (f *fetch) blankBase(path string, same []image.Chunk) error {
+// blankFor gives a cloned disk the size of an image's, and zeros where it has them: nothing
+// will be written there, nor looked at again.
+func blankFor(path string, m *image.Manifest) error {
 	disk, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = disk.Close() }() // synced below
-	if err := disk.Truncate(f.image.DiskSize); err != nil {
+	if err := disk.Truncate(m.DiskSize); err != nil {
 		return err
 	}
-	kept := make(map[int]bool, len(same))
-	for _, c := range same {
-		kept[c.Index] = true
-	}
-	for _, c := range f.image.Chunks {
-		if !c.Zero || kept[c.Index] {
+	for _, c := range m.Chunks {
+		if !c.Zero {
 			continue
 		}
 		if err := blank(disk, c.Offset, c.Size); err != nil {

@@ -126,7 +126,7 @@ func (s *Store) endImport(ctx context.Context, e *entry, w *work, err error) err
 	switch {
 	case err == nil:
 		e.failures = 0
-	case errors.As(err, &partly), cancelled(ctx, err):
+	case errors.As(err, &partly), cancelled(ctx, err) && e.State != fleet.ImageVerifying: // which no cancellation ends
 		to := gone
 		if s.dir.begun(e.Digest) {
 			to = fleet.ImagePaused
@@ -152,6 +152,15 @@ type importing struct {
 // run brings what there is into the partial image, and publishes it if that is all.
 func (i *importing) run(ctx context.Context, ref string) ([]Flaw, error) {
 	s, m := i.store, i.manifest
+	if m, err := s.published(m.Digest); m != nil || err != nil { // by one that failed after that
+		if err != nil {
+			return nil, diskError(err)
+		}
+		s.mu.Lock()
+		s.move(i.entry, fleet.ImageVerifying)
+		s.mu.Unlock()
+		return nil, s.arrived(i.entry, m)
+	}
 	p, err := s.openPartial(fleet.Hold{Digest: m.Digest, Ref: ref})
 	if err != nil {
 		return nil, diskError(err)
@@ -233,7 +242,7 @@ func (i *importing) disk(ctx context.Context) ([]Flaw, error) {
 		i.progress(0, i.manifest.DiskSize)
 	}
 	if _, err := os.Lstat(target); errors.Is(err, os.ErrNotExist) {
-		if err := cloneFrom(ctx, source, target); err != nil {
+		if err := i.clone(ctx, source, target); err != nil {
 			return nil, diskError(err)
 		}
 	}
@@ -241,6 +250,30 @@ func (i *importing) disk(ctx context.Context) ([]Flaw, error) {
 		return nil, diskError(err)
 	}
 	return i.adopt(ctx, source)
+}
+
+// clone makes the disk of the source's. It has its name when there are zeros where they
+// should be: else a pull that comes after an import was killed would take what the source
+// has there, for it looks at what it fetches alone.
+func (i *importing) clone(ctx context.Context, source *os.File, target string) error {
+	temp := target + tempSuffix
+	if err := os.Remove(temp); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	err := cloneFrom(ctx, source, temp)
+	if err == nil {
+		err = blankFor(temp, i.manifest)
+	}
+	if err != nil {
+		if rerr := os.Remove(temp); rerr != nil && !errors.Is(rerr, os.ErrNotExist) {
+			err = errors.Join(err, rerr)
+		}
+		return err
+	}
+	if err := os.Rename(temp, target); err != nil {
+		return err
+	}
+	return syncDir(i.partial.dir)
 }
 
 // missing is every chunk that is not here, when there is no disk to take them from.

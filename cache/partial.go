@@ -16,6 +16,7 @@ import (
 type partial struct {
 	dir     string
 	disk    *os.File
+	found   bool // there was a disk before this pull
 	fresh   bool // disk was made by this very pull: what is not written is zero
 	journal *journal
 }
@@ -44,13 +45,15 @@ func (s *Store) openPartial(h fleet.Hold) (*partial, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := os.Lstat(filepath.Join(dir, diskFile)); errors.Is(err, os.ErrNotExist) && j.size > 0 {
+	_, err = os.Lstat(filepath.Join(dir, diskFile))
+	found := !errors.Is(err, os.ErrNotExist)
+	if !found && j.size > 0 {
 		if err := j.forget(); err != nil { // it speaks of a disk that is gone
 			j.close()
 			return nil, err
 		}
 	}
-	return &partial{dir: dir, journal: j}, nil
+	return &partial{dir: dir, journal: j, found: found}, nil
 }
 
 // openDisk opens the disk at its full size; all of a new one is a hole.

@@ -5,65 +5,113 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/image"
 )
 
-// Repair takes a ready image that has flaws back to where a pull fetches what is bad, and
-// nothing else. It fails with ErrLeased while the image is in use, and does nothing if
-// there are no flaws.
+// Repair takes an image that has flaws, ready or partial, back to where a pull fetches what
+// is bad, and nothing else. It fails with ErrLeased while the image is in use. Even then
+// none of what is bad is served any more, nor reused before it is hashed again, neither
+// from there nor from other images, which may share its blocks. Without flaws it does
+// nothing.
 func (s *Store) Repair(d fleet.Digest, flaws []Flaw) error {
 	if len(flaws) == 0 {
 		return nil
 	}
-	s.mu.Lock()
-	e := s.images[d]
-	if e == nil || e.State != fleet.ImageReady {
-		s.mu.Unlock()
-		return fmt.Errorf("repairing image %s: %w", d.Short(), ErrNotReady)
+	s.studyAll()
+	s.doubt(d, flaws) // even if it cannot be repaired now
+	e, w, before, err := s.beginRepair(d)
+	if err != nil {
+		return fmt.Errorf("repairing image %s: %w", d.Short(), err)
 	}
-	if len(e.leases) > 0 || e.work != nil {
-		defer s.mu.Unlock()
-		return fmt.Errorf("repairing image %s (%d leases): %w", d.Short(), len(e.leases), ErrLeased)
+	from, rework := s.dir.image(d), s.demote
+	if before != fleet.ImageReady {
+		from, rework = s.dir.partial(d), s.unfinish
 	}
-	w := &work{done: make(chan struct{}), err: errAgain}
-	e.work = w
-	s.move(e, fleet.ImageEvicting)
-	s.mu.Unlock()
-
-	m, _, err := s.readManifest(s.dir.image(d), d)
+	m, _, err := s.readManifest(from, d)
 	if err == nil {
-		err = s.demote(m, flaws)
+		err = rework(m, flaws)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	e.work = nil
 	close(w.done)
 	if err != nil {
-		s.move(e, fleet.ImageReady) // as it was: the rename comes last
+		s.move(e, before) // as it was: the rename comes last
 		return fmt.Errorf("repairing image %s: %w", d.Short(), err)
 	}
+	left := finishedIn(s.dir.partial(d))
 	e.DiskBytes, e.Total = 0, m.Bytes()
-	e.done.Store(finishedIn(s.dir.partial(d)).bytes(m, true))
+	e.done.Store(left.bytes(m, true))
+	e.holding = newHolding(m)
+	e.have = e.holding.here(left)
 	s.move(e, fleet.ImagePaused)
 	s.log.Warn("image is to be fetched again in part", "image", d, "flaws", len(flaws))
 	return nil
 }
 
+// beginRepair takes an image out of use.
+func (s *Store) beginRepair(d fleet.Digest) (e *entry, w *work, before fleet.ImageState, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e = s.images[d]
+	if e == nil || e.State == gone {
+		return nil, nil, "", ErrNotReady
+	}
+	if len(e.leases) > 0 || e.pins > 0 || e.work != nil {
+		return nil, nil, "", fmt.Errorf("%w (%s, %d leases, %d other uses)", ErrLeased, e.State, len(e.leases), e.pins)
+	}
+	before = e.State
+	w = &work{done: make(chan struct{}), err: errAgain}
+	e.work = w
+	s.move(e, fleet.ImageEvicting)
+	return e, w, before, nil
+}
+
+// doubt notes what is bad in an image, there and in the others.
+func (s *Store) doubt(bad fleet.Digest, flaws []Flaw) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, e := range s.images {
+		if e.holding == nil {
+			continue
+		}
+		shared := 0
+		for _, f := range flaws {
+			if _, known := e.holding.places[f.Want]; known && !e.holding.doubted[f.Want] {
+				e.holding.doubted[f.Want] = true
+				shared++
+			}
+		}
+		if shared > 0 && e.Digest != bad {
+			s.log.Warn("an image may share blocks that are bad: verify it", "image", e.Digest, "ref", e.Ref, "parts", shared, "bad_in", bad)
+		}
+	}
+}
+
 // demote makes a partial image of a published one. A crash before its last step leaves
 // the image published, as bad as it was.
 func (s *Store) demote(m *image.Manifest, flaws []Flaw) error {
-	bad := make(map[item]bool)
-	for _, f := range flaws {
-		bad[item{f.Kind, f.Want}] = true
-	}
 	dir := s.dir.image(m.Digest)
 	if err := clearZeros(filepath.Join(dir, diskFile), flaws); err != nil {
 		return err
 	}
-	if err := rewriteJournal(dir, m, bad); err != nil {
+	var here []note
+	add := func(i item) {
+		if i.digest != "" {
+			here = append(here, note{item: i})
+		}
+	}
+	for _, small := range smallFiles(m) {
+		add(item{small.kind, small.blob.Digest})
+	}
+	for _, c := range m.Distinct() {
+		add(item{aChunk, c.Content})
+	}
+	if err := rewriteJournal(dir, here, flaws); err != nil {
 		return err
 	}
 	if err := s.dir.discard(s.dir.partial(m.Digest)); err != nil {
@@ -73,6 +121,26 @@ func (s *Store) demote(m *image.Manifest, flaws []Flaw) error {
 		return err
 	}
 	return errors.Join(syncDir(filepath.Join(string(s.dir), "images")), syncDir(filepath.Join(string(s.dir), "partial")))
+}
+
+// unfinish takes what is bad out of what a partial image has.
+func (s *Store) unfinish(m *image.Manifest, flaws []Flaw) error {
+	dir := s.dir.partial(m.Digest)
+	if err := clearZeros(filepath.Join(dir, diskFile), flaws); err != nil {
+		return err
+	}
+	done, marks, _, err := readJournal(filepath.Join(dir, journalFile))
+	if err != nil {
+		return err
+	}
+	var here []note
+	for i := range done {
+		here = append(here, note{item: i})
+	}
+	for i, m := range marks {
+		here = append(here, note{item: i, mark: &m})
+	}
+	return rewriteJournal(dir, here, flaws)
 }
 
 // clearZeros writes the zeros that no pull would, since it never asks for them.
@@ -96,23 +164,20 @@ func clearZeros(path string, flaws []Flaw) error {
 	return disk.Sync()
 }
 
-// rewriteJournal notes all parts of an image but the bad ones as finished.
-func rewriteJournal(dir string, m *image.Manifest, bad map[item]bool) error {
+// rewriteJournal makes a journal of notes, but for those of what is bad.
+func rewriteJournal(dir string, notes []note, bad []Flaw) error {
 	var lines strings.Builder
-	add := func(i item) {
-		if i.digest != "" && !bad[i] {
-			lines.WriteString(note{item: i}.String())
+	for _, n := range notes {
+		if !slices.ContainsFunc(bad, func(f Flaw) bool { return n.item == item{f.Kind, f.Want} }) {
+			lines.WriteString(n.String())
 		}
-	}
-	for _, small := range smallFiles(m) {
-		add(item{small.kind, small.blob.Digest})
-	}
-	for _, c := range m.Distinct() {
-		add(item{aChunk, c.Content})
 	}
 	path := filepath.Join(dir, journalFile)
 	if err := writeFile(path+tempSuffix, []byte(lines.String())); err != nil {
 		return err
 	}
-	return os.Rename(path+tempSuffix, path)
+	if err := os.Rename(path+tempSuffix, path); err != nil {
+		return err
+	}
+	return syncDir(dir)
 }

@@ -8,16 +8,11 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
+	"syscall"
 
 	"github.com/paddock-ci/paddock/fleet"
 	"github.com/paddock-ci/paddock/image"
-)
-
-// copiesAtOnce is how many chunks are copied from cached images at a time: one disk is
-// read and written, which more would only make seek. copyBuffer is what each has in memory.
-const (
-	copiesAtOnce = 2
-	copyBuffer   = 256 << 10
 )
 
 // reuseBase finds the ready image whose disk is the best to begin with: dir has its
@@ -39,7 +34,7 @@ func (f *fetch) reuseBase(ctx context.Context) (base fleet.Digest, dir string, s
 			continue
 		}
 		// Of equals the first by name, so that the same cache gives the same base.
-		n := weight(common(e.holding.chunks, f.image.Chunks))
+		n := weight(e.holding.common(f.image))
 		if n > most || n == most && best != nil && e.Digest < best.Digest {
 			best, most = e, n
 		}
@@ -47,9 +42,16 @@ func (f *fetch) reuseBase(ctx context.Context) (base fleet.Digest, dir string, s
 	if best == nil {
 		return "", "", nil, nil, false
 	}
-	same = common(best.holding.chunks, f.image.Chunks)
+	same = best.holding.common(f.image)
 	s.log.Info("an image begins as a clone", "image", f.entry.Digest, "base", best.Digest, "same_bytes", most)
 	return best.Digest, s.dir.image(best.Digest), same, s.pin(best), true
+}
+
+// common are the chunks of m that the image has at the same offset, and in which no rot was
+// found; Store.mu is held.
+func (h *holding) common(m *image.Manifest) []image.Chunk {
+	same := common(h.chunks, m.Chunks)
+	return slices.DeleteFunc(same, func(c image.Chunk) bool { return h.doubted[c.Content] })
 }
 
 // common are the chunks of want that have holds at the same offset. Both have to say the
@@ -97,33 +99,43 @@ func (s *Store) studyAll() {
 // it leaves if it is not done reads as zeros. It counts the progress; the caller journals
 // and tells has.
 func (f *fetch) local(ctx context.Context, c image.Chunk, file *os.File, offsets []int64) (done bool, err error) {
-	if c.Zero || c.Legacy() {
+	if c.Zero || c.Legacy() || !f.isCached(c) {
 		return false, nil
 	}
-	src, from, release, ok := f.cached(c)
-	if !ok {
-		return false, nil
+	turn := &slot{fetch: f}
+	defer turn.free()
+	if err := turn.take(ctx); err != nil {
+		return false, err
 	}
-	defer release()
-	defer func() { _ = src.Close() }()
-	select {
-	case f.store.copies <- struct{}{}:
-		defer func() { <-f.store.copies }()
-	case <-ctx.Done():
-		return false, ctx.Err()
+	src, err := f.cached(c)
+	if src == nil || err != nil {
+		return false, err
 	}
-	shared, err := share(file, src, from.offset, offsets, c.Size)
-	if err != nil {
-		return false, diskError(err)
+	defer src.close()
+	keep := func() error { return turn.keep(ctx) }
+	shared, err := 0, error(nil)
+	if f.store.canShare() {
+		// Blocks that are shared are the very ones that were verified, unless they are rotten.
+		// A disk that was here before may have been taken out of use for its rot, which the
+		// other images share that were cloned from it, or it from them.
+		if f.partial.found || src.doubted {
+			err = copyVerified(io.Discard, src.reader(), c.Content, keep)
+		}
+		if err == nil {
+			if shared, err = share(file, src.file, src.offset, offsets, c.Size); err != nil {
+				return false, diskError(err)
+			}
+		}
 	}
-	if shared < len(offsets) {
+	if err == nil && shared < len(offsets) {
 		out := &sparseWriter{file: file, offsets: offsets}
 		if c.Index >= 0 { // the others are small, and written as they are
 			out.clean = shared == 0 && f.partial.clean(file, offsets, c.Size) || punch(file, offsets, c.Size)
 		}
-		if err := copyVerified(ctx, out, io.NewSectionReader(src, from.offset, from.size), c.Content); err != nil {
-			return false, f.suspect(src.Name(), c, file, offsets, err)
-		}
+		err = copyVerified(out, src.reader(), c.Content, keep)
+	}
+	if err != nil {
+		return false, f.suspect(src, c, file, offsets, err)
 	}
 	f.reused(c)
 	return true, nil
@@ -140,43 +152,80 @@ func share(file, src *os.File, from int64, offsets []int64, size int64) (int, er
 	return len(offsets), nil
 }
 
-// cached opens the file of a ready image that has a piece's content, of that very size: a
-// manifest that lies about it names what it has not got.
-func (f *fetch) cached(c image.Chunk) (src *os.File, where place, release func(), ok bool) {
-	s := f.store
-	s.mu.Lock()
-	var dir string
+// cachedPiece is a piece's content in the file of a ready image, which is pinned.
+type cachedPiece struct {
+	place
+	entry   *entry
+	file    *os.File
+	holding *holding
+	doubted bool // it may be rotten
+	release func()
+}
+
+func (p *cachedPiece) reader() io.Reader { return io.NewSectionReader(p.file, p.offset, p.size) }
+
+func (p *cachedPiece) close() {
+	_ = p.file.Close() // only read
+	p.release()
+}
+
+// isCached reports whether some ready image has a piece.
+func (f *fetch) isCached(c image.Chunk) bool {
+	f.store.mu.Lock()
+	defer f.store.mu.Unlock()
+	return f.store.whoHas(c) != nil
+}
+
+// whoHas finds a ready image that has a piece's content, of that very size: a manifest
+// that lies about it names what it has not got. One in which it may be rotten is the last
+// choice. s.mu is held.
+func (s *Store) whoHas(c image.Chunk) (found *cachedPiece) {
 	for _, e := range s.images {
 		if e.State != fleet.ImageReady || e.holding == nil {
 			continue
 		}
-		if where, ok = e.holding.places[c.Content]; ok && where.size == c.Size {
-			dir, release = s.dir.image(e.Digest), s.pin(e)
-			break
+		h := e.holding
+		if where, ok := h.places[c.Content]; ok && where.size == c.Size && (found == nil || found.doubted) {
+			found = &cachedPiece{place: where, entry: e, holding: h, doubted: h.doubted[c.Content]}
 		}
 	}
+	return found
+}
+
+// cached opens what whoHas finds; nil: there is none (any more), or it cannot be read. A
+// shortage of files is an error: it is no reason to fetch what is here.
+func (f *fetch) cached(c image.Chunk) (*cachedPiece, error) {
+	s := f.store
+	s.mu.Lock()
+	p := s.whoHas(c)
+	if p == nil {
+		s.mu.Unlock()
+		return nil, nil
+	}
+	p.release = s.pin(p.entry)
 	s.mu.Unlock()
-	if release == nil {
-		return nil, place{}, nil, false
+	var err error
+	p.file, err = os.Open(filepath.Join(s.dir.image(p.entry.Digest), p.place.file))
+	if err == nil {
+		return p, nil
 	}
-	src, err := os.Open(filepath.Join(dir, where.file))
-	if err != nil {
-		s.log.Warn("a cached image cannot be read", "path", dir, "error", err)
-		release()
-		return nil, place{}, nil, false
+	p.release()
+	if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
+		return nil, diskError(fmt.Errorf("%w; let this process open more files", err))
 	}
-	return src, where, release, true
+	s.log.Warn("a cached image cannot be read", "image", p.entry.Digest, "error", err)
+	return nil, nil
 }
 
 // errSuspect marks content that is not what its image's manifest says.
 var errSuspect = errors.New("the bytes on disk are not what was pulled")
 
-// copyVerified copies and hashes in one pass.
-func copyVerified(ctx context.Context, out io.Writer, in io.Reader, want fleet.Digest) error {
+// copyVerified copies and hashes in one pass; it goes on as long as keep lets it.
+func copyVerified(out io.Writer, in io.Reader, want fleet.Digest, keep func() error) error {
 	content := sha256.New()
 	b := make([]byte, copyBuffer)
 	for {
-		if err := ctx.Err(); err != nil {
+		if err := keep(); err != nil {
 			return err
 		}
 		n, err := in.Read(b)
@@ -198,8 +247,8 @@ func copyVerified(ctx context.Context, out io.Writer, in io.Reader, want fleet.D
 }
 
 // suspect makes zeros of what was copied in vain. An image that turned out to be spoilt
-// fails no pull: the chunk is fetched.
-func (f *fetch) suspect(path string, c image.Chunk, file *os.File, offsets []int64, err error) error {
+// fails no pull: the chunk is fetched, and not taken from there again.
+func (f *fetch) suspect(from *cachedPiece, c image.Chunk, file *os.File, offsets []int64, err error) error {
 	if !errors.Is(err, errSuspect) {
 		return err
 	}
@@ -208,7 +257,11 @@ func (f *fetch) suspect(path string, c image.Chunk, file *os.File, offsets []int
 			return diskError(err)
 		}
 	}
-	f.store.log.Warn("a cached image is suspect: verify it, or remove it", "path", path, "offset", c.Offset, "error", err)
+	s := f.store
+	s.mu.Lock()
+	from.holding.doubted[c.Content] = true
+	s.mu.Unlock()
+	s.log.Warn("a cached image is suspect: verify it, or remove it", "path", from.file.Name(), "offset", from.offset, "error", err)
 	return nil
 }
 

@@ -16,6 +16,10 @@ import (
 type holding struct {
 	chunks []image.Chunk
 	places map[fleet.Digest]place // by content
+	// doubted are the contents that were found rotten here, or in an image that may share
+	// their blocks. They are hashed before they are reused, and not served. Guarded by
+	// Store.mu.
+	doubted map[fleet.Digest]bool
 }
 
 // place is where an image has some content.
@@ -29,7 +33,7 @@ type place struct {
 // newHolding reads a manifest. Of equal contents the first counts, as in Manifest.Piece.
 // The content of a legacy disk has no digest by which anyone could ask for it.
 func newHolding(m *image.Manifest) *holding {
-	h := &holding{chunks: m.Chunks, places: make(map[fleet.Digest]place, len(m.Chunks)+2)}
+	h := &holding{chunks: m.Chunks, places: make(map[fleet.Digest]place, len(m.Chunks)+2), doubted: make(map[fleet.Digest]bool)}
 	put := func(c image.Chunk, number int, file string) {
 		if _, known := h.places[c.Content]; !known && c.Content != "" {
 			h.places[c.Content] = place{itemOf(c), number, file, c.Offset, c.Size}
@@ -48,15 +52,21 @@ func newHolding(m *image.Manifest) *holding {
 // hold notes what a pull brings, and what of it is here.
 func (s *Store) hold(f *fetch) {
 	h := newHolding(f.image)
-	have := make(map[fleet.Digest]bool)
-	for content, p := range h.places {
-		if f.partial.journal.has(p.item) {
-			have[content] = true
-		}
-	}
+	have := h.here(f.partial.journal)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	f.entry.holding, f.entry.have = h, have
+}
+
+// here are the contents that a journal promises.
+func (h *holding) here(j *journal) map[fleet.Digest]bool {
+	have := make(map[fleet.Digest]bool)
+	for content, p := range h.places {
+		if j.has(p.item) {
+			have[content] = true
+		}
+	}
+	return have
 }
 
 // held are the numbers of the pieces of a partial image that are here.
@@ -144,7 +154,7 @@ func (s *Store) reserve(d, content fleet.Digest) (place, func(), error) {
 		return place{}, nil, refused
 	}
 	where, known := e.holding.places[content]
-	if !known || e.State != fleet.ImageReady && !e.have[content] {
+	if !known || e.holding.doubted[content] || e.State != fleet.ImageReady && !e.have[content] {
 		return place{}, nil, refused
 	}
 	return where, s.pin(e), nil

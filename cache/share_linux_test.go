@@ -17,6 +17,7 @@ import (
 	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/cache/registry"
 	"github.com/paddock-ci/paddock/cache/registrytest"
+	"github.com/paddock-ci/paddock/fleet"
 )
 
 // onXFS runs a test in a process whose mount namespace has an xfs, which can share blocks,
@@ -149,5 +150,64 @@ func TestSharedBlocks(t *testing.T) {
 	}
 	if err := release(); err != nil {
 		t.Error(err)
+	}
+}
+
+// Three images share the blocks of a chunk that has rotted in all of them, and Verify has
+// named it in the first. Its repair took the chunk from the others, whose blocks nobody had
+// hashed: now it is fetched, also when the process has ended meanwhile, and a new tag that
+// begins as a clone of any of them gets the good one.
+func TestRepairTookSharedRot(t *testing.T) {
+	dir := onXFS(t)
+	if dir == "" {
+		return
+	}
+	for _, again := range []bool{false, true} {
+		w := newWorld(t)
+		home := filepath.Join(dir, map[bool]string{false: "kept", true: "again"}[again])
+		store := openStore(t, home, 0)
+		base, disk, m := w.pushSized(t, "base", "abcd", 1<<20)
+		next, _, _ := w.pushSized(t, "next", "abcX", 1<<20)
+		moved, _, _ := w.pushSized(t, "moved", "Ycab", 1<<20)
+		if err := store.Pull(t.Context(), base); err != nil {
+			t.Fatal(err)
+		}
+		path, err := store.Path(base.Digest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		spoil(t, filepath.Join(path, "disk.img"), m.Chunks[2].Offset+5)
+		for _, h := range []fleet.Hold{next, moved} {
+			if err := store.Pull(t.Context(), h); err != nil {
+				t.Fatal(err)
+			}
+			checkFlaws(t, home, h.Digest, 1) // it shares them
+		}
+		if err := store.Repair(base.Digest, checkFlaws(t, home, base.Digest, 1)); err != nil {
+			t.Fatal(err)
+		}
+		if again {
+			if err := store.Close(); err != nil {
+				t.Fatal(err)
+			}
+			store = openStore(t, home, 0)
+		} else {
+			last, lastDisk, _ := w.pushSized(t, "last", "abcZ", 1<<20)
+			if err := store.Pull(t.Context(), last); err != nil {
+				t.Fatal(err)
+			}
+			checkDisk(t, store, last.Digest, lastDisk)
+		}
+		w.reg.Reset()
+		if err := store.Pull(t.Context(), base); err != nil {
+			t.Fatal(err)
+		}
+		checkDisk(t, store, base.Digest, disk)
+		if asked := w.asked(base); again && (len(asked) != 1 || asked[0] != m.Chunks[2].Blob) {
+			t.Errorf("asked for %v; want the bad chunk alone", asked)
+		}
+		if err := store.Close(); err != nil {
+			t.Fatal(err)
+		}
 	}
 }

@@ -96,10 +96,14 @@ func verify(ctx context.Context, i Seen, progress func(done, total int64)) ([]Fl
 	if err != nil {
 		return nil, err
 	}
+	info, err := disk.Stat()
+	if err != nil {
+		return nil, err
+	}
 	var chunks []image.Chunk
 	for _, c := range i.Manifest.Chunks {
-		// Regions of zeros are never journalled: they are holes from the beginning.
-		if i.Ready || !c.Zero && here(aChunk, c.Content) {
+		// Regions of zeros are never journalled: they are there as soon as the disk has its size.
+		if i.Ready || c.Zero && info.Size() == i.Manifest.DiskSize || here(aChunk, c.Content) {
 			chunks = append(chunks, c)
 		}
 	}
