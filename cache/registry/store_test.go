@@ -107,7 +107,8 @@ func (m misbehaviour) run(t *testing.T) {
 		reg.Break(blob.Digest, f)
 	}
 	reg.Reset()
-	client, err := registry.New(registry.Config{Keychain: keychain{"user", "right"}, Tries: 3, Pause: time.Millisecond, Stall: 500 * time.Millisecond})
+	asks := registry.Config{Keychain: keychain{"user", "right"}, Tries: 3, Pause: time.Millisecond, Stall: 500 * time.Millisecond}
+	client, err := registry.New(asks)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,13 +133,17 @@ func (m misbehaviour) run(t *testing.T) {
 	}
 	reg.Heal()
 	if failure := (*cache.Error)(nil); errors.As(err, &failure) && time.Until(failure.RetryAt) > time.Minute {
-		// It waits as it was asked to, unless it is opened anew.
+		// Store and client wait as they were asked to, until they are made anew.
 		if again := store.Pull(t.Context(), hold); !errors.Is(again, failure) {
 			t.Errorf("before its time: %v", again)
 		}
 		if err := store.Close(); err != nil {
 			t.Fatal(err)
 		}
+		if client, err = registry.New(asks); err != nil {
+			t.Fatal(err)
+		}
+		cfg.Sources = []cache.Source{client}
 		if store, err = cache.Open(cfg); err != nil {
 			t.Fatal(err)
 		}
