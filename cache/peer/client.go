@@ -40,6 +40,10 @@ type ClientConfig struct {
 	Slow int64
 	// Stall is how long no byte may come before a transfer is given up; 0: 15 s.
 	Stall time.Duration
+	// Floor is the least that must come in that time, in bytes per second: a transfer that
+	// trickles is given up too. 0: 64 KiB/s, a two-thousandth of 1 GbE; negative: any byte
+	// will do.
+	Floor int64
 }
 
 // Client fetches from other nodes. It is safe for concurrent use.
@@ -64,6 +68,9 @@ func NewClient(c ClientConfig) (*Client, error) {
 	}
 	if c.Stall == 0 {
 		c.Stall = 15 * time.Second
+	}
+	if c.Floor == 0 {
+		c.Floor = 64 << 10
 	}
 	if c.Slow == 0 {
 		c.Slow = slowLink

@@ -196,27 +196,48 @@ type body struct {
 	timer  *time.Timer        // cancels it when it stalls
 	left   int64              // bytes still to come; negative: until it ends
 	moved  int64
+
+	waited time.Duration // for bytes, since the floor was last looked at
+	came   int64         // in that time
 }
 
-// Read reads on; each read has Stall to bring a byte.
+// Read reads on; each read has Stall to bring a byte, and all of them together the floor.
 func (b *body) Read(p []byte) (int, error) {
 	b.timer.Reset(b.source.client.c.Stall)
 	b.source.client.meter.begin()
+	began := time.Now()
 	n, err := b.resp.Body.Read(p)
 	b.source.client.meter.end(n)
 	stalled := !b.timer.Stop()
+	slow := b.slow(n, time.Since(began))
 	b.moved += int64(n)
 	if b.left >= 0 {
 		b.left -= int64(n) // HTTP keeps it at the length that accept compared
 	}
+	c := b.source.client.c
 	switch {
-	case err == nil || errors.Is(err, io.EOF) && b.left <= 0:
+	case errors.Is(err, io.EOF) && b.left <= 0, err == nil && (!slow || b.left == 0):
 		return n, err
-	case stalled:
-		err = fmt.Errorf("no byte came for %s", b.source.client.c.Stall)
+	case err != nil && stalled:
+		err = fmt.Errorf("no byte came for %s", c.Stall)
+	case err == nil: // it trickles, and would for hours
+		err = fmt.Errorf("less than %d bytes per second came for %s", c.Floor, c.Stall)
 	}
 	err = fmt.Errorf("%s: after %d bytes: %w", b.source.Name(), b.moved, err)
 	return n, &cache.Error{Class: cache.ClassNetwork, Err: err}
+}
+
+// slow counts one read, and reports whether less than the floor came in the span of a stall
+// that it ends. Time in which nobody reads does not count.
+func (b *body) slow(n int, waited time.Duration) bool {
+	b.waited += waited
+	b.came += int64(n)
+	if b.waited < b.source.client.c.Stall {
+		return false
+	}
+	slow := float64(b.came) < float64(b.source.client.c.Floor)*b.waited.Seconds()
+	b.waited, b.came = 0, 0
+	return slow
 }
 
 // Close ends the request. What was not read of it ends its connection.

@@ -166,6 +166,91 @@ func TestCancelled(t *testing.T) {
 	}
 }
 
+// drip is a body of which so many bytes come at a time, after so long.
+type drip struct {
+	left, step int
+	every      time.Duration
+}
+
+func (d *drip) Read(p []byte) (int, error) {
+	if d.left == 0 {
+		return 0, io.EOF
+	}
+	time.Sleep(d.every)
+	n := min(d.step, d.left, len(p))
+	d.left -= n
+	return n, nil
+}
+
+func (*drip) Close() error { return nil }
+
+// roundTrip is a way to a peer that is no network.
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(req *http.Request) (*http.Response, error) { return f(req) }
+
+// A peer that sends a byte now and then, each within the time of a stall, is given up after
+// that time; one that is slow is not, and neither is one whose reader makes a pause. In
+// virtual time.
+func TestTrickle(t *testing.T) {
+	const size = 4 << 20
+	for name, c := range map[string]struct {
+		step    int
+		every   time.Duration
+		pause   time.Duration // of the reader, between reads
+		encoded bool
+		gives   bool
+	}{
+		"a byte in 10 s":              {step: 1, every: 10 * time.Second},
+		"a byte in 10 s, encoded":     {step: 1, every: 10 * time.Second, encoded: true},
+		"600 KiB in 10 s":             {step: 600 << 10, every: 10 * time.Second},
+		"100 KiB in a second":         {step: 100 << 10, every: time.Second, gives: true},
+		"a reader that takes an hour": {step: 64 << 10, every: 100 * time.Millisecond, pause: time.Hour, gives: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				client := newFetcher(t, ClientConfig{})
+				at := fleet.NodePeer{Address: "192.0.2.1:1", Certificate: strings.Repeat("00", 32)}
+				way := &http.Transport{}
+				way.RegisterProtocol("https", roundTrip(func(req *http.Request) (*http.Response, error) {
+					answer := &http.Response{StatusCode: http.StatusOK, Request: req, Header: http.Header{}, Body: &drip{size, c.step, c.every}, ContentLength: size}
+					if c.encoded {
+						answer.Header.Set(EncodingHeader, appleLZ4)
+					}
+					return answer, nil
+				}))
+				client.lines[at] = &line{transport: way, used: time.Now()}
+				w := cache.Want{Image: one, Chunk: image.Chunk{Content: another, Size: size, BlobSize: size}}
+				r, err := client.Source("mac-2", at, "", everything).Open(t.Context(), w, 0)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer func() { _ = r.Close() }()
+				began, got := time.Now(), 0
+				buffer := make([]byte, 1<<20)
+				for err == nil {
+					var n int
+					n, err = r.Read(buffer)
+					got += n
+					time.Sleep(c.pause)
+				}
+				if c.gives {
+					if !errors.Is(err, io.EOF) || got != size {
+						t.Errorf("%d bytes, %v; want all of them", got, err)
+					}
+					return
+				}
+				if cache.ClassOf(err) != cache.ClassNetwork || !strings.Contains(err.Error(), "less than 65536 bytes per second came for 15s") {
+					t.Errorf("%v; want class network, and the floor", err)
+				}
+				if took := time.Since(began); took > time.Minute {
+					t.Errorf("it was given up after %s", took)
+				}
+			})
+		})
+	}
+}
+
 // The meter counts the time in which somebody waits for bytes, once for all who wait.
 func TestMeter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
