@@ -222,7 +222,7 @@ func chunkTaken(t *testing.T, s *store.Store) {
 	limits.Claim = time.Second
 	one, two := word("mac-1"), word("mac-2", 9)
 	one.Want, two.Want = nil, nil
-	one.Fetching = []int{0, 1, 2, 3, 4, 5, 9}
+	one.Fetching = []int{9, 0, 1, 2, 3, 4, 5}
 	began := time.Now()
 	ask(t, s, two, limits)
 	ask(t, s, one, limits) // takes 4, all that may be open
