@@ -18,6 +18,9 @@ import (
 // fails here, and goes on from another source or later.
 const maxRetryAfter = time.Minute
 
+// maxLeave bounds what is believed of such a wish: a date in another year is a mistake.
+const maxLeave = time.Hour
+
 var (
 	// errCut is not io's, which a decoder would take for the end of the content.
 	errCut = errors.New("the connection was cut")
@@ -218,6 +221,7 @@ func (d *download) refused(err error) bool {
 func (d *download) again(ctx context.Context, err error, retryAfter time.Duration) error {
 	d.failed++
 	if retryAfter > maxRetryAfter {
+		d.host.leave(min(retryAfter, maxLeave)) // the other streams too, and the next pulls
 		return retryLater(err, retryAfter)
 	}
 	if d.failed >= d.client.tries {
@@ -238,8 +242,8 @@ func (d *download) again(ctx context.Context, err error, retryAfter time.Duratio
 // retryLater says when a registry wants to be asked again, of an error that ends here.
 func retryLater(err error, after time.Duration) error {
 	return &cache.Error{
-		Class: cache.ClassNetwork, RetryAt: time.Now().Add(min(after, time.Hour)),
-		Err: fmt.Errorf("%w; the registry wants to be asked again in %s", err, after),
+		Class: cache.ClassNetwork, RetryAt: time.Now().Add(min(after, maxLeave)),
+		Err: fmt.Errorf("%w; the registry wants to be asked again in %s", err, after.Round(time.Second)),
 	}
 }
 

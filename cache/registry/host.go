@@ -48,14 +48,20 @@ func (h *host) leave(d time.Duration) {
 	}
 }
 
+// errLeave: a host has told another request to come back later.
+var errLeave = errors.New("not asked")
+
 // wait returns when the host may be asked, a little spread: it was too much for it that
-// all came at once.
+// all came at once. When that is not soon, it fails at once, and says when.
 func (h *host) wait(ctx context.Context) error {
 	h.mu.Lock()
 	left := time.Until(h.until)
 	h.mu.Unlock()
-	if left <= 0 {
+	switch {
+	case left <= 0:
 		return nil
+	case left > maxRetryAfter:
+		return retryLater(errLeave, left)
 	}
 	return sleep(ctx, left+rand.N(left/4+1))
 }
