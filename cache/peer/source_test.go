@@ -211,7 +211,8 @@ func TestTrickle(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				client := newFetcher(t, ClientConfig{})
 				at := fleet.NodePeer{Address: "192.0.2.1:1", Certificate: strings.Repeat("00", 32)}
-				way := &http.Transport{}
+				way := &http.Transport{Protocols: new(http.Protocols)}
+				way.Protocols.SetHTTP1(true)
 				way.RegisterProtocol("https", roundTrip(func(req *http.Request) (*http.Response, error) {
 					answer := &http.Response{StatusCode: http.StatusOK, Request: req, Header: http.Header{}, Body: &drip{size, c.step, c.every}, ContentLength: size}
 					if c.encoded {
