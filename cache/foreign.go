@@ -1,7 +1,9 @@
 package cache
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -53,7 +55,8 @@ func foreigners(root string, below []string, found *[]Foreign) error {
 		case fleet.CheckDigest(d) == nil:
 			*found = append(*found, foreign(filepath.Join(dir, e.Name()), repository, tags[e.Name()], d))
 		case len(below) < foreignDepth:
-			if err := foreigners(root, append(below[:len(below):len(below)], e.Name()), found); err != nil {
+			err := foreigners(root, append(below[:len(below):len(below)], e.Name()), found)
+			if err != nil && !errors.Is(err, fs.ErrNotExist) { // it went away meanwhile
 				return err
 			}
 		}

@@ -113,11 +113,29 @@ func (p *partial) seal(m *image.Manifest, ref string) error {
 	if err := checkFiles(p.dir, m); err != nil {
 		return diskError(err)
 	}
+	if err := p.blankZeros(m); err != nil {
+		return diskError(err)
+	}
 	if err := p.disk.Sync(); err != nil {
 		return diskError(err)
 	}
 	p.journal.trim()
 	return diskError(writeMeta(p.dir, ref))
+}
+
+// blankZeros makes zeros of what should be: nobody fetches or looks at those regions, and a
+// disk that was here before may be another one's clone.
+func (p *partial) blankZeros(m *image.Manifest) error {
+	h := hasher{disk: p.disk}
+	for _, c := range m.Chunks {
+		if !c.Zero || p.fresh || h.hole(c) {
+			continue
+		}
+		if err := blank(p.disk, c.Offset, c.Size); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (p *partial) close() {

@@ -113,8 +113,8 @@ func (f *fetch) local(ctx context.Context, c image.Chunk, file *os.File, offsets
 	}
 	defer src.close()
 	keep := func() error { return turn.keep(ctx) }
-	shared, err := 0, error(nil)
-	if f.store.canShare() {
+	shared, tried, err := 0, f.store.canShare(), error(nil)
+	if tried {
 		// Blocks that are shared are the very ones that were verified, unless they are rotten.
 		// A disk that was here before may have been taken out of use for its rot, which the
 		// other images share that were cloned from it, or it from them.
@@ -130,7 +130,8 @@ func (f *fetch) local(ctx context.Context, c image.Chunk, file *os.File, offsets
 	if err == nil && shared < len(offsets) {
 		out := &sparseWriter{file: file, offsets: offsets}
 		if c.Index >= 0 { // the others are small, and written as they are
-			out.clean = shared == 0 && f.partial.clean(file, offsets, c.Size) || punch(file, offsets, c.Size)
+			// A share that fails may have changed what is there.
+			out.clean = !tried && f.partial.clean(file, offsets, c.Size) || punch(file, offsets, c.Size)
 		}
 		err = copyVerified(out, src.reader(), c.Content, keep)
 	}

@@ -173,7 +173,7 @@ func TestSpoiltImageIsNotReused(t *testing.T) {
 }
 
 // A chunk that occurs several times is copied to all its places, and what a former try
-// left there is gone.
+// left there is gone, also where nothing is ever written.
 func TestReuseOverLeftovers(t *testing.T) {
 	w := newWorld(t)
 	base, _, _ := w.push(t, "base", "ab")
@@ -189,7 +189,6 @@ func TestReuseOverLeftovers(t *testing.T) {
 		t.Fatal(err)
 	}
 	dirt := bytes.Repeat([]byte{0xff}, len(disk))
-	copy(dirt[m.Chunks[3].Offset:m.Chunks[4].Offset], make([]byte, chunkSize)) // a hole is never written
 	for name, data := range map[string][]byte{"manifest.json": m.Raw, "disk.img": dirt, "journal": nil} {
 		if err := os.WriteFile(filepath.Join(partial, name), data, 0o600); err != nil {
 			t.Fatal(err)

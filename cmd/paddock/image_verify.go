@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
@@ -129,16 +130,18 @@ func repairImages(g *globals, store storeFlag, verdicts []*verdict) error {
 		return nil
 	}
 	return store.change(g, cache.Config{}, func(s *cache.Store) error {
+		var errs []error
 		for _, v := range verdicts {
 			if len(v.found) == 0 {
 				continue
 			}
 			if err := s.Repair(v.Digest, v.found); err != nil {
-				return fmt.Errorf("%w (hint: an image is repaired while nobody uses it; paddock image list shows who does)", err)
+				errs = append(errs, fmt.Errorf("%w (hint: an image is repaired while nobody uses it; paddock image list shows who does)", err))
+				continue
 			}
 			v.Repaired = true
 		}
-		return nil
+		return errors.Join(errs...)
 	})
 }
 
