@@ -7,7 +7,10 @@ import (
 	"io"
 	"os"
 	"sync/atomic"
+	"syscall"
 	"time"
+
+	"github.com/paddock-ci/paddock/cache"
 )
 
 // errHangs is a file operation that does not come back.
@@ -98,9 +101,27 @@ func syncDir(path string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
+// openPlain opens a regular file for reading. It does not wait for who would write to a
+// pipe, and what is no file is what somebody has to remove, not a mount that hangs.
+func openPlain(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = &cache.Error{Class: cache.ClassDigest, Err: fmt.Errorf("%s is no file (%s); remove it, and push the image again", path, info.Mode().Type())}
+	}
+	if err != nil {
+		_ = f.Close() // nothing was done with it
+		return nil, err
+	}
+	return f, nil
+}
+
 // readFile reads a whole file of at most limit bytes.
-func readFile(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
+func (l *Layout) readFile(path string, limit int64) ([]byte, error) {
+	f, err := l.plain(path)
 	if err != nil {
 		return nil, err
 	}

@@ -141,7 +141,7 @@ func (l *Layout) List(ctx context.Context) ([]Entry, error) {
 func (l *Layout) index(ctx context.Context) (*index, error) {
 	var raw []byte
 	err := l.do(ctx, func() (err error) {
-		raw, err = readFile(filepath.Join(l.dir, indexFile), maxIndexBytes)
+		raw, err = l.readFile(filepath.Join(l.dir, indexFile), maxIndexBytes)
 		return err
 	})
 	switch {
@@ -149,7 +149,7 @@ func (l *Layout) index(ctx context.Context) (*index, error) {
 	case ctx.Err() != nil:
 		return nil, err
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, l.network(fmt.Errorf("%w; is it mounted, and an OCI image layout?", err))
+		return nil, l.gone(err)
 	default:
 		return nil, l.network(err)
 	}

@@ -19,6 +19,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/paddock-ci/paddock/cache"
@@ -32,8 +33,9 @@ type Layout struct {
 	// be changed once the layout is used.
 	Stall time.Duration
 
-	dir  string
-	hung atomic.Int32 // operations that have not come back in time, and may never
+	dir   string
+	plain func(path string) (*os.File, error) // openPlain, but in tests of what hangs
+	hung  atomic.Int32                        // operations that have not come back in time, and may never
 
 	mu     sync.Mutex
 	absent map[fleet.Digest]time.Time // blobs that were not there, and when
@@ -56,7 +58,7 @@ func Open(dir string) (*Layout, error) {
 	if !filepath.IsAbs(dir) {
 		return nil, fmt.Errorf("image layout %q: want an absolute path", dir)
 	}
-	return &Layout{Stall: 30 * time.Second, dir: filepath.Clean(dir), absent: make(map[fleet.Digest]time.Time)}, nil
+	return &Layout{Stall: 30 * time.Second, dir: filepath.Clean(dir), plain: openPlain, absent: make(map[fleet.Digest]time.Time)}, nil
 }
 
 // Name is what logs and metrics call the layout.
@@ -98,7 +100,7 @@ func (l *Layout) Manifest(ctx context.Context, _ string, d fleet.Digest) ([]byte
 	}
 	var raw []byte
 	err = l.do(ctx, func() (err error) {
-		raw, err = readFile(path, image.MaxManifestBytes)
+		raw, err = l.readFile(path, image.MaxManifestBytes)
 		return err
 	})
 	if err != nil {
@@ -125,7 +127,7 @@ func (l *Layout) open(ctx context.Context, b image.Blob, from int64) (io.ReadClo
 	}
 	r := &reader{layout: l, digest: b.Digest, left: b.Size - from, pieces: make(chan piece), quit: make(chan struct{}), ended: make(chan struct{})}
 	err = l.do(ctx, func() (err error) {
-		f, err := os.Open(path)
+		f, err := l.plain(path)
 		if err != nil {
 			return err
 		}
@@ -139,7 +141,7 @@ func (l *Layout) open(ctx context.Context, b image.Blob, from int64) (io.ReadClo
 		if err != nil {
 			return err
 		}
-		if info.Size() != b.Size || !info.Mode().IsRegular() {
+		if info.Size() != b.Size {
 			return &cache.Error{Class: cache.ClassDigest, Err: fmt.Errorf("truncated or wrong layer: %s has %d bytes, the manifest says %d; remove it, and push the image again", path, info.Size(), b.Size)}
 		}
 		if _, err := f.Seek(from, io.SeekStart); err != nil {
@@ -177,7 +179,7 @@ func (l *Layout) failed(ctx context.Context, d fleet.Digest, err error) error {
 		return err
 	})
 	if marker != nil {
-		return l.network(fmt.Errorf("%w; is it mounted, and an OCI image layout?", marker))
+		return l.gone(marker)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -185,10 +187,26 @@ func (l *Layout) failed(ctx context.Context, d fleet.Digest, err error) error {
 	return &cache.Error{Class: cache.ClassNotFound, Err: fmt.Errorf("the image layout %s has no %s", l.dir, d.Short())}
 }
 
-// network marks an error of the mount. What comes soon goes to other sources.
+// network marks an error of the directory. If it says that the mount as a whole is of no
+// use now, what comes soon goes to other sources; one bad file spoils no others.
 func (l *Layout) network(err error) error {
+	for _, mount := range []error{errHangs, syscall.ESTALE, syscall.ENOTCONN, syscall.ETIMEDOUT, syscall.EHOSTDOWN} {
+		if errors.Is(err, mount) {
+			l.rest()
+		}
+	}
+	return &cache.Error{Class: cache.ClassNetwork, Err: fmt.Errorf("image layout %s: %w", l.dir, err)}
+}
+
+// gone is the error of a directory that is no layout, as a mount point without a mount is.
+func (l *Layout) gone(err error) error {
+	l.rest()
+	return l.network(fmt.Errorf("%w; is it mounted, and an OCI image layout?", err))
+}
+
+// rest keeps the directory from being asked, for the time that asking in vain may take.
+func (l *Layout) rest() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.down = time.Now().Add(l.Stall)
-	return &cache.Error{Class: cache.ClassNetwork, Err: fmt.Errorf("image layout %s: %w", l.dir, err)}
 }

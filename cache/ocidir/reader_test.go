@@ -55,6 +55,57 @@ func TestReadThatHangs(t *testing.T) {
 	}
 }
 
+// In a directory that hangs as a dead mount does, each caller is told within the stall
+// time, and after some of them nobody is made to wait.
+func TestHangingDirectory(t *testing.T) {
+	l, err := Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw := []byte("a manifest")
+	d := image.DigestOf(raw)
+	path, err := l.blob(d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, raw, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	answers := make(chan struct{})
+	l.plain = func(path string) (*os.File, error) { <-answers; return openPlain(path) }
+	l.Stall = 30 * time.Millisecond
+	w := cache.Want{Chunk: image.Chunk{Content: d, Size: 10, Blob: d, BlobSize: 10}}
+	began := time.Now()
+	for i := range 20 {
+		_, err := l.Open(t.Context(), w, 0)
+		if cache.ClassOf(err) != cache.ClassNetwork || err == nil || !strings.Contains(err.Error(), "check the mount") {
+			t.Fatalf("call %d: %v; want class network", i, err)
+		}
+		l.mu.Lock()
+		down := l.down
+		l.mu.Unlock()
+		if down.Before(began) {
+			t.Error("a layout that hangs is asked on")
+		}
+	}
+	if _, err := l.Manifest(t.Context(), "", d); err == nil || !strings.Contains(err.Error(), "16 operations hang") {
+		t.Errorf("after 20 calls: %v; want one that is refused at once", err)
+	}
+	if took := time.Since(began); took > 10*time.Second {
+		t.Errorf("20 calls took %s", took)
+	}
+	close(answers)
+	for deadline := time.Now().Add(time.Minute); l.hung.Load() != 0; runtime.Gosched() {
+		if time.Now().After(deadline) {
+			t.Fatal("the directory answers again, and operations still count as hanging")
+		}
+	}
+	l.Stall = 5 * time.Second
+	if got, err := l.Manifest(t.Context(), "", d); err != nil || string(got) != string(raw) {
+		t.Errorf("the directory answers again, and still: %q, %v", got, err)
+	}
+}
+
 // A file that becomes shorter or longer while it is read gives an error, or no more than
 // it should.
 func TestFileThatChanges(t *testing.T) {
@@ -83,6 +134,9 @@ func TestFileThatChanges(t *testing.T) {
 		}
 		r.close()
 		<-r.ended
+		if time.Now().Before(l.down) {
+			t.Errorf("of %q: one file keeps the whole layout from being asked", content)
+		}
 		if want != "" && !strings.Contains(err.Error(), want) || want == "" && string(got) != content[:5] {
 			t.Errorf("of %q: %q, %v", content, got, err)
 		}

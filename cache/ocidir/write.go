@@ -208,7 +208,7 @@ func (l *Layout) enter(ctx context.Context, ref string, d image.Descriptor) erro
 	}
 	defer unlock()
 	return l.do(ctx, func() error {
-		raw, err := readFile(filepath.Join(l.dir, indexFile), maxIndexBytes)
+		raw, err := l.readFile(filepath.Join(l.dir, indexFile), maxIndexBytes)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
