@@ -21,6 +21,7 @@ import (
 	"github.com/paddock-ci/paddock/access"
 	"github.com/paddock-ci/paddock/cache"
 	"github.com/paddock-ci/paddock/fleet"
+	"github.com/paddock-ci/paddock/image"
 )
 
 // hall is the site of these tests: who has what, and one fetch from outside for each
@@ -352,6 +353,60 @@ func TestLyingPeer(t *testing.T) {
 				t.Errorf("%s was never asked", honest)
 			}
 		})
+	}
+}
+
+// A peer lies about the manifest: another image's, a changed one, none, or one that never
+// ends. It is asked before the registry, and its word counts for nothing: the pull takes the
+// manifest from another peer or the registry, and what is published and served is that.
+func TestLyingAboutManifest(t *testing.T) {
+	h := newHome(t, "ab0c")
+	foreign := newHome(t, "d0e").manifest.Raw
+	changed := bytes.Replace(h.manifest.Raw, []byte(h.manifest.Chunks[0].Content), []byte(h.manifest.Chunks[1].Content), 1)
+	if bytes.Equal(changed, h.manifest.Raw) {
+		t.Fatal("the lie is true")
+	}
+	for name, lie := range map[string][]byte{
+		"another image's": foreign, "changed": changed, "empty": nil, "no manifest": []byte("<html>"),
+		"huge": bytes.Repeat([]byte{' '}, image.MaxManifestBytes+1),
+	} {
+		for _, honest := range []string{"peer mac-3", "registry"} {
+			t.Run(name+", "+honest, func(t *testing.T) {
+				l := newHall(h)
+				var lied atomic.Int32
+				liar := newImpostor(t, func(w http.ResponseWriter, r *http.Request) {
+					if asked, _ := parseTarget(r.URL.Path); asked.content != "" {
+						w.WriteHeader(http.StatusNotFound)
+						return
+					}
+					lied.Add(1)
+					_, _ = w.Write(lie)
+				})
+				l.members = append(l.members, &member{id: "mac-2", have: map[int]bool{}, at: func() fleet.NodePeer { return liar.at }, sign: func(*station) access.Token { return "pdkpeer_x" }})
+				if honest != "registry" {
+					l.join(t, h.full(t, "mac-3", plain), true)
+				}
+				one := l.puller(t, "mac-1", honest == "registry", 2)
+				h.pull(t, one)
+				if lied.Load() == 0 {
+					t.Error("the liar was never asked: the test shows nothing")
+				}
+				dir, err := one.store.Path(h.manifest.Digest)
+				if err != nil {
+					t.Fatal(err)
+				}
+				kept, err := os.ReadFile(filepath.Join(dir, "manifest.json"))
+				if err != nil || !bytes.Equal(kept, h.manifest.Raw) {
+					t.Errorf("the manifest that was kept has digest %s, %v", image.DigestOf(kept), err)
+				}
+				if served, err := one.store.ServeManifest(h.manifest.Digest); err != nil || !bytes.Equal(served, h.manifest.Raw) {
+					t.Errorf("others are served a manifest with digest %s, %v", image.DigestOf(served), err)
+				}
+				if list := one.store.List(); len(list) != 1 || list[0].Digest != h.manifest.Digest {
+					t.Errorf("the store has %+v; want the one image", list)
+				}
+			})
+		}
 	}
 }
 
