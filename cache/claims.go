@@ -61,6 +61,7 @@ type claims struct {
 	answered bool
 	failing  time.Time // since when it does not answer; zero: it does
 	alone    bool      // so the pull goes on without it
+	held     bool      // another pull had the turn at the last question
 }
 
 func newClaims(f *fetch) *claims {
@@ -174,11 +175,13 @@ func (p *supplies) consult(ctx context.Context) time.Duration {
 		p.store.log.Info("the site answers again", "image", ask.Image)
 	}
 	c.answered, c.alone, c.failing, c.peers = true, false, time.Time{}, answer.Peers
-	for _, n := range answer.Grant {
-		c.granted[n] = began.Add(grantTime)
-	}
 	for _, x := range offered {
-		x.denied = !slices.Contains(answer.Grant, x.piece)
+		// What was insisted on for want of a node that has it may have come to one since the
+		// last answer: then it is fetched there, and the grant is of no use.
+		x.denied = !slices.Contains(answer.Grant, x.piece) || x.doubted && c.nearby(x)
+		if !x.denied {
+			c.granted[x.piece] = began.Add(grantTime)
+		}
 	}
 	if answer.Again <= 0 {
 		answer.Again = askAgain
@@ -239,7 +242,7 @@ func (p *supplies) ask() (Ask, []*waiter) {
 	moving := p.store.canMove(p.turn)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.claims.asked = true
+	p.claims.asked, p.claims.held = true, !moving
 	a := Ask{Ref: p.turn.ref, Image: p.image.Digest, Pieces: p.image.PieceCount()}
 	for n := range p.claims.have {
 		a.Have = append(a.Have, n)

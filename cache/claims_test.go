@@ -213,8 +213,15 @@ func (v *village) set(change func()) {
 // Eight nodes pull one image through one line: each chunk comes through it once, the
 // others get it from each other, and that takes little longer than one node alone.
 func TestSiteFetchesOnce(t *testing.T) {
+	// On the slow line pieces are waited for longer than others' word is believed.
+	for name, line := range map[string]float64{"usual line": 250e3, "slow line": 20e3} {
+		t.Run(name, func(t *testing.T) { testSiteFetchesOnce(t, line) })
+	}
+}
+
+func testSiteFetchesOnce(t *testing.T, line float64) {
 	synctest.Test(t, func(t *testing.T) {
-		const nodes, line = 8, 250e3
+		const nodes = 8
 		shelf := newShelf()
 		h, m := shelf.put(t, alphabet(0, 64))
 		registry := newWell("registry", KindRegistry, shelf, line)
@@ -425,6 +432,71 @@ func TestSiteComesBack(t *testing.T) {
 		}
 		if n := len(v.have["mac"]); n != m.PieceCount() {
 			t.Errorf("the site knows of %d pieces; want %d", n, m.PieceCount())
+		}
+	})
+}
+
+// timid grants one piece of an image at a time, and has no peers.
+type timid struct {
+	mu    sync.Mutex
+	image fleet.Digest
+	asked []time.Time
+}
+
+func (s *timid) Ask(_ context.Context, a Ask) (Answer, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	grant := append(a.Insist, a.Want...)
+	if a.Image == s.image {
+		s.asked = append(s.asked, time.Now())
+		grant = grant[:min(len(grant), 1)]
+		if len(a.Fetching) > 0 {
+			grant = nil
+		}
+	}
+	return Answer{Grant: grant, Again: 10 * time.Second}, nil
+}
+
+// A pull that waits for its turn has nothing to wish, and asks no sooner than it was told;
+// when the turn comes back, it says what it wishes at once.
+func TestPausedPullAskedWithoutEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		shelf := newShelf()
+		calm, _ := shelf.put(t, "abcdefgh")
+		urgent, _ := shelf.put(t, "ABCDEFGHIJKLMNOP")
+		site := &timid{image: calm.Digest}
+		s := openWells(t, Config{Site: site, Streams: 2}, newWell("registry", KindRegistry, shelf, 8<<10))
+		var pulls sync.WaitGroup
+		pulls.Go(func() {
+			if err := s.Pull(t.Context(), calm); err != nil {
+				t.Error(err)
+			}
+		})
+		time.Sleep(8 * time.Second)
+		urgent.Demand = true
+		began := time.Now()
+		if err := s.Pull(t.Context(), urgent); err != nil {
+			t.Error(err)
+		}
+		ended := time.Now()
+		pulls.Wait()
+		site.mu.Lock()
+		defer site.mu.Unlock()
+		paused, next := 0, time.Duration(-1)
+		for _, at := range site.asked {
+			switch {
+			case at.Before(began):
+			case at.Before(ended):
+				paused++
+			case next < 0:
+				next = at.Sub(ended)
+			}
+		}
+		if most := int(ended.Sub(began)/(10*time.Second)) + 2; paused > most {
+			t.Errorf("paused for %s, it asked %d times; want at most %d", ended.Sub(began), paused, most)
+		}
+		if next < 0 || next > 2*time.Second {
+			t.Errorf("the first question after the turn came back was %s later", next)
 		}
 	})
 }

@@ -92,6 +92,9 @@ func (s *Store) reorder() {
 			t.first, t.last = true, time.Now()
 			t.timer = time.AfterFunc(idleTurn, func() { s.idle(t) })
 			close(t.open)
+			if p := t.supplies.Load(); p != nil && p.claims != nil {
+				p.claims.stir() // what it wishes was not told out of turn
+			}
 			s.move(t.entry, fleet.ImageCaching)
 		}
 	}

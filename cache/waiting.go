@@ -17,9 +17,11 @@ type waiter struct {
 	wish   wish
 	told   wish // what of it was offered to the site
 	denied bool // it was not granted when it was last offered
-	first  bool // it is claimed for this node, so that others wait for it
-	since  time.Time
-	got    chan chosen
+	// doubted: it is insisted on because no node came to have it, not because those failed.
+	doubted bool
+	first   bool // it is claimed for this node, so that others wait for it
+	since   time.Time
+	got     chan chosen
 }
 
 // chosen is what a waiter gets.
@@ -152,7 +154,7 @@ func (p *supplies) news() {
 // park puts a waiter aside until there is news; p.mu is held.
 func (p *supplies) park(x *waiter) {
 	p.queue.parked = append(p.queue.parked, x)
-	if x.wish != x.told && x.wish != wishNone {
+	if x.wish != x.told && x.wish != wishNone && !p.claims.held { // else the turn's return stirs
 		p.claims.stir()
 	}
 }
@@ -259,8 +261,8 @@ func (p *supplies) pick(sights []*sight, x *waiter) (*sight, int64, error) {
 	x.wish = wishWant
 	failed := p.claims.nearby(x) && (best.sight == nil || !best.awake || !near)
 	waited := time.Since(x.since)
-	if failed || best.sight == nil && waited > insistAfter || waited > insistAnyway {
-		x.wish = wishInsist
+	if x.doubted = false; failed || best.sight == nil && waited > insistAfter || waited > insistAnyway {
+		x.wish, x.doubted = wishInsist, !failed && waited <= insistAnyway
 	}
 	return nil, 0, nil
 }
