@@ -92,14 +92,14 @@ func TestChunksCost(t *testing.T) {
 	w := chunkWord("mac-0")
 	w.Pieces, w.Want = pieces, nil
 	full, limits := slices.Repeat([]byte{0xff}, (pieces+7)/8), chunkLimits
-	worst := map[string]time.Duration{}
+	took := map[string][]time.Duration{}
 	say := func(what string) {
 		t.Helper()
 		before := ctl.CPU(t)
 		if _, err := s.Chunks(t.Context(), w, limits); err != nil {
 			t.Fatal(err)
 		}
-		worst[what] = max(worst[what], ctl.CPU(t)-before)
+		took[what] = append(took[what], ctl.CPU(t)-before)
 	}
 	for i := range nodes {
 		w.Node, w.Have = fleet.NodeID(fmt.Sprint("mac-", i)), full
@@ -116,11 +116,13 @@ func TestChunksCost(t *testing.T) {
 	}
 	limits.Silent = time.Millisecond
 	w.Node, w.Have = "mac-99", nil
-	for range 10 {
+	for range 3 { // without a bound, 8 nodes each
 		say("that forgets")
 	}
-	t.Log(worst)
-	for what, cost := range worst {
+	for what, costs := range took {
+		slices.Sort(costs)
+		cost := costs[len(costs)/2] // one may be charged with what is not its own
+		t.Logf("a word %s costs %s", what, cost)
 		if cost > most {
 			t.Errorf("a word %s costs %s, want at most %s", what, cost, most)
 		}
