@@ -197,7 +197,7 @@ func (b *builder) chunk(ctx context.Context, p part) (content fleet.Digest, err 
 	if err != nil || !b.claim(content) {
 		return content, err
 	}
-	d, taken, err := b.take(ctx, content)
+	d, taken, err := b.take(ctx, content, p.size)
 	if err == nil && !taken {
 		d, err = b.add(ctx, p, content, e)
 	}
@@ -219,10 +219,11 @@ func (b *builder) claim(content fleet.Digest) bool {
 	return first
 }
 
-// take takes the parent's descriptor over, if it has that content and its blob can be had.
-func (b *builder) take(ctx context.Context, content fleet.Digest) (image.Descriptor, bool, error) {
+// take takes the parent's descriptor over, if it has that content, in that size (a parent
+// may lie about it), and its blob can be had.
+func (b *builder) take(ctx context.Context, content fleet.Digest, size int64) (image.Descriptor, bool, error) {
 	c, ok := b.parent[content]
-	if !ok {
+	if !ok || c.Size != size {
 		return image.Descriptor{}, false, nil
 	}
 	if b.src.Reuse != nil {

@@ -166,6 +166,23 @@ func TestBuildOnParent(t *testing.T) {
 	}
 }
 
+// A parent that lies about a chunk's size is not taken at its word.
+func TestBuildOnLyingParent(t *testing.T) {
+	parent, s := &shelf{}, &shelf{}
+	_, m := parent.make(t, someSource(someDisk()))
+	m.Chunks[0].Size /= 2
+	source := someSource(someDisk())
+	source.Parent = m
+	source.Reuse = func(context.Context, image.Chunk) (bool, error) { return true, nil }
+	_, next := s.make(t, source)
+	if got := next.Chunks[0].Size; got != chunkSize {
+		t.Errorf("the first chunk has %d bytes, want %d", got, chunkSize)
+	}
+	if !bytes.Equal(disk(t, next, s.blobs, parent.blobs), someDisk()) {
+		t.Error("the disk that was read back differs")
+	}
+}
+
 // sparseDisk says where it is empty, and does not like to be read there.
 type sparseDisk struct {
 	*bytes.Reader
