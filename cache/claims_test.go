@@ -492,7 +492,7 @@ func TestPausedPullAskedWithoutEnd(t *testing.T) {
 				next = at.Sub(ended)
 			}
 		}
-		if most := int(ended.Sub(began)/(10*time.Second)) + 2; paused > most {
+		if most := 3 * int(ended.Sub(began)/(10*time.Second)); paused > most { // each piece that comes is told, too
 			t.Errorf("paused for %s, it asked %d times; want at most %d", ended.Sub(began), paused, most)
 		}
 		if next < 0 || next > 2*time.Second {
